@@ -1,0 +1,247 @@
+"""Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# Layer types of the KV cache: tokens use the library's own, latents the ones `cache_spiralformer` registers.
+TOKEN_LAYER_TYPE = "full_attention"
+LATENT_LAYER_TYPE = "spiralformer_latent_attention"
+
+DOWN_SCALINGS = ("self_aggregation", "mean")
+UP_SCALINGS = ("allocation", "broadcast")
+TOPOLOGIES = ("mesh", "anchor", "residual", "base")
+# Types whose angles do not depend on the length seen so far: with the others a cached key would go stale.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+def refuse(field: str, value: object, allowed: str) -> None:
+    """Raises the `ValueError` of every bad setting: the field, what came, and what is allowed."""
+    raise ValueError(f"`{field}` must be {allowed}, but got {value!r}.")
+
+
+def check_integers(field: str, values: object, length: int | None, minimum: int) -> None:
+    """Refuses `values` unless it is a list of integers, of the given length, none of them below `minimum`."""
+    count = "" if length is None else f", one for each of {length} chunk_sizes"
+    is_list = isinstance(values, (list, tuple)) and all(type(value) is int and value >= minimum for value in values)
+    if not is_list or (length is not None and len(values) != length):
+        refuse(field, values, f"a list of integers >= {minimum}{count}")
+
+
+@strict
+class SpiralFormerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a SpiralFormer model. The defaults give the 160M SpiralFormer-B with MeSH of arXiv 2602.11698.
+
+    The model is written `N_pre + N_loop x {1/g_0, ..., 1/g_(T-1)} + N_post`: `num_prelude_layers` layers at token
+    resolution, `num_core_layers` shared layers that run once for each entry of `chunk_sizes`, over one latent per
+    chunk of g tokens, and `num_coda_layers` layers at token resolution again.
+
+    Args:
+        vocab_size (`int`): number of token ids.
+        hidden_size (`int`): width D of tokens and latents.
+        intermediate_size (`int`): width of the MLP.
+        num_attention_heads (`int`): heads per attention; must divide `hidden_size`.
+        num_prelude_layers (`int`): layers of f_pre. At least 1 where the first chunk size exceeds 1, because the
+            first slot of the cache counts tokens.
+        num_core_layers (`int`): layers of f_loop, shared by all iterations. 0 exactly where `chunk_sizes` is empty.
+        num_coda_layers (`int`): layers of f_post.
+        chunk_sizes (`list[int]`): g_t, one per iteration, each >= 1. Empty: no loop, a plain GPT-NeoX stack.
+        chunk_offsets (`list[int]`, *optional*): w_t in [0, g_t); the first chunk has g_t - w_t members.
+            Default g // 2.
+        causal_shifts (`list[int]`, *optional*): s_t >= g_t - 1, in tokens; less would leak the future. Default g - 1.
+        down_scaling (`str`): "self_aggregation" (learned softmax over a chunk's members) or "mean".
+        up_scaling (`str`): "allocation" (softmax over slots, computed from the latent) or "broadcast" (1 / g).
+        topology (`str`): "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
+        num_memory_slots (`int`, *optional*): slots B of MeSH. Default T + 3. Refused with another topology.
+        share_core (`bool`): False gives every iteration core layers of its own (the unlooped baseline).
+        rope_parameters (`dict`, *optional*): rotary embedding, default theta 10000 on a quarter of each head.
+        scale_embeddings (`bool`): multiply the embeddings by sqrt(hidden_size).
+        max_position_embeddings (`int`): longest text the model is meant for, in tokens.
+        use_parallel_residual, attention_bias, hidden_act, layer_norm_eps, attention_dropout, hidden_dropout,
+            classifier_dropout, initializer_range, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id,
+            use_cache: as in `GPTNeoXConfig`.
+
+    Raises:
+        `StrictDataclassError`: for every impossible value, naming the field, the value and what is allowed.
+
+    `num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved.
+    """
+
+    model_type = "spiralformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    num_prelude_layers: int = 2
+    num_core_layers: int = 4
+    num_coda_layers: int = 2
+    chunk_sizes: list[int] | tuple[int, ...] = (8, 4, 2, 1)
+    chunk_offsets: list[int] | tuple[int, ...] | None = None
+    causal_shifts: list[int] | tuple[int, ...] | None = None
+    down_scaling: str = "self_aggregation"
+    up_scaling: str = "allocation"
+    topology: str = "mesh"
+    num_memory_slots: int | None = None
+    share_core: bool = True
+    rope_parameters: dict | None = None
+    scale_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        for field in ("chunk_sizes", "chunk_offsets", "causal_shifts"):
+            if isinstance(getattr(self, field), tuple):
+                setattr(self, field, list(getattr(self, field)))
+        super().__post_init__(**kwargs)
+
+    # -- derived from the schedule ------------------------------------------------------------------------------
+
+    @property
+    def num_iterations(self) -> int:
+        """T, the number of times the core runs."""
+        return len(self.chunk_sizes)
+
+    @property
+    def resolved_chunk_offsets(self) -> list[int]:
+        """w_t for every iteration, the default g // 2 filled in."""
+        return [g // 2 for g in self.chunk_sizes] if self.chunk_offsets is None else list(self.chunk_offsets)
+
+    @property
+    def resolved_causal_shifts(self) -> list[int]:
+        """s_t for every iteration, the default g - 1 filled in."""
+        return [g - 1 for g in self.chunk_sizes] if self.causal_shifts is None else list(self.causal_shifts)
+
+    @property
+    def resolved_num_memory_slots(self) -> int:
+        """Number of MeSH slots, the default T + 3 filled in."""
+        return self.num_iterations + 3 if self.num_memory_slots is None else self.num_memory_slots
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Attention calls in one forward: prelude + T * core + coda. One cache slot each."""
+        return len(self.layer_types)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value):
+        refuse("num_hidden_layers", value, "left alone: it follows from the schedule")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of every cache slot: tokens in prelude and coda, latents in each (iteration, core layer)."""
+        latent_slots = self.num_iterations * self.num_core_layers
+        return (
+            [TOKEN_LAYER_TYPE] * self.num_prelude_layers
+            + [LATENT_LAYER_TYPE] * latent_slots
+            + [TOKEN_LAYER_TYPE] * self.num_coda_layers
+        )
+
+    @layer_types.setter
+    def layer_types(self, value):
+        refuse("layer_types", value, "left alone: it follows from the schedule")
+
+    # -- validation: `@strict` runs every `validate_*` at construction, and the model runs them once more -------
+
+    def validate_architecture(self):
+        """The widths and counts of the stack."""
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            if getattr(self, field) < 1:
+                refuse(field, getattr(self, field), "an integer >= 1")
+        if self.hidden_size % self.num_attention_heads:
+            refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads ({self.num_attention_heads})")
+        for field in ("num_prelude_layers", "num_core_layers", "num_coda_layers"):
+            if getattr(self, field) < 0:
+                refuse(field, getattr(self, field), "an integer >= 0")
+        if self.max_position_embeddings < 1:
+            refuse("max_position_embeddings", self.max_position_embeddings, "an integer >= 1")
+
+    def validate_schedule(self):
+        """Chunk sizes, offsets and shifts, and the layer counts that go with them."""
+        check_integers("chunk_sizes", self.chunk_sizes, length=None, minimum=1)
+        if self.chunk_offsets is not None:
+            check_integers("chunk_offsets", self.chunk_offsets, self.num_iterations, minimum=0)
+        if self.causal_shifts is not None:
+            check_integers("causal_shifts", self.causal_shifts, self.num_iterations, minimum=0)
+        for size, offset, shift in zip(
+            self.chunk_sizes, self.resolved_chunk_offsets, self.resolved_causal_shifts, strict=True
+        ):
+            if offset >= size:
+                refuse("chunk_offsets", self.chunk_offsets, f"in [0, g): below {size} for chunk size {size}")
+            if shift < size - 1:
+                refuse("causal_shifts", self.causal_shifts, f"at least g - 1 = {size - 1} for chunk size {size}")
+        if self.chunk_sizes and self.num_core_layers < 1:
+            refuse("num_core_layers", self.num_core_layers, f">= 1 with chunk_sizes {self.chunk_sizes}")
+        if not self.chunk_sizes and self.num_core_layers != 0:
+            refuse("num_core_layers", self.num_core_layers, "0 where chunk_sizes is empty")
+        if self.num_hidden_layers < 1:
+            refuse("num_prelude_layers", self.num_prelude_layers, ">= 1 where there is neither core nor coda")
+        starts_coarse = bool(self.chunk_sizes) and self.chunk_sizes[0] > 1
+        if starts_coarse and self.num_prelude_layers < 1:
+            allowed = f">= 1 where the first chunk size ({self.chunk_sizes[0]}) exceeds 1: cache slot 0 counts tokens"
+            refuse("num_prelude_layers", self.num_prelude_layers, allowed)
+
+    def validate_choices(self):
+        """The options that are one of a few words, and the number of MeSH slots."""
+        for field, allowed in (
+            ("down_scaling", DOWN_SCALINGS),
+            ("up_scaling", UP_SCALINGS),
+            ("topology", TOPOLOGIES),
+        ):
+            if getattr(self, field) not in allowed:
+                refuse(field, getattr(self, field), f"one of {list(allowed)}")
+        if self.num_memory_slots is not None:
+            if self.topology != "mesh":
+                refuse("num_memory_slots", self.num_memory_slots, f'None with topology "{self.topology}"')
+            if self.num_memory_slots < 1:
+                refuse("num_memory_slots", self.num_memory_slots, "None or an integer >= 1")
+
+    def validate_rotary(self):
+        """The rotary embedding: a type whose angles are fixed, on an even number of dimensions of each head."""
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")
+        factor = self.rope_parameters["partial_rotary_factor"]
+        rotary_dims = int(self.hidden_size // self.num_attention_heads * factor)
+        if not 0 < factor <= 1 or rotary_dims < 2 or rotary_dims % 2:
+            allowed = (
+                f"in (0, 1] and give an even number >= 2 of the {self.hidden_size // self.num_attention_heads} "
+                "dimensions of a head"
+            )
+            refuse("rope_parameters['partial_rotary_factor']", factor, allowed)
+
+    def validate_rates(self):
+        """Dropouts and scales."""
+        for field in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                refuse(field, getattr(self, field), "in [0, 1)")
+        for field in ("layer_norm_eps", "initializer_range"):
+            if getattr(self, field) <= 0:
+                refuse(field, getattr(self, field), "> 0")
+
+    def validate_layer_type(self):
+        """Nothing to check: `layer_types` is derived, and the library's list does not know latents."""
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Fills in GPT-NeoX's rotary defaults: theta 10000, a quarter of each head (the library's would be all)."""
+        rope_scaling = kwargs.pop("rope_scaling", None)
+        self.rope_parameters = dict(rope_scaling or self.rope_parameters or {})
+        self.rope_parameters.setdefault("rope_theta", 10000.0)
+        self.rope_parameters.setdefault("partial_rotary_factor", 0.25)
+        self.standardize_rope_params()
+        return kwargs
+
+
+__all__ = ["SpiralFormerConfig"]
