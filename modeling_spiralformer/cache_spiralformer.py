@@ -1,0 +1,349 @@
+"""The multi-resolution KV cache: one cache layer per core call, and the state of each level between calls.
+
+`DynamicCache(config=...)` builds these layers from `config.layer_types`; `docs/cache.md` has the layout and its cost.
+
+Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), G tokens in a chunk, D hidden
+size, H heads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding
+from .configuration_spiralformer import LATENT_LAYER_TYPE, SpiralFormerConfig
+
+
+def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, origin: int = 0) -> torch.Tensor:
+    """Writes what a call computed into columns `filling.first` ... of a store of latent columns.
+
+    Args:
+        stored: `(B, ..., columns, D)`; its first column is latent column `origin`.
+        new: `(R, ..., K, D)`, one entry per row that runs and latent column of `filling`.
+
+    Returns:
+        `(B, ..., columns, D)`, long enough for `filling.last`. Pairs that `filling` does not fill keep what they had.
+    """
+    first, last = filling.first - origin, filling.last - origin
+    if filling.fresh is None:
+        return torch.cat([stored, new], dim=-2)
+    grown = nn.functional.pad(stored, (0, 0, 0, max(0, last - stored.shape[-2])))
+    rows = slice(None) if filling.rows is None else filling.rows
+    fresh = filling.fresh.view(filling.fresh.shape[0], *[1] * (new.dim() - 3), -1, 1)
+    merged = torch.where(fresh, new, grown[rows][..., first:last, :])
+    block = grown[..., first:last, :].clone()
+    block[rows] = merged
+    return torch.cat([grown[..., :first, :], block, grown[..., last:, :]], dim=-2)
+
+
+class Level:
+    """One resolution between calls: the tokens of the open chunks and the newest latents.
+
+    Training, prefill and decoding are the same three steps: `feed` new token states, `store` the latents of the chunks
+    that they fill, `read` the update of every new token.
+
+    Args:
+        grid (`ChunkGrid`): the level's chunks.
+        cached (`bool`): keep what the next call needs. False for a forward without a cache, after which the level is
+            dropped; it runs every row of a padded batch and reads nothing from the device.
+    """
+
+    def __init__(self, grid: ChunkGrid, cached: bool):
+        self.grid = grid
+        self.cached = cached
+        self.recording = False
+        self.right_padded = False
+        self.padding: LeftPadding | None = None
+        self.seen = 0  # columns of the batch so far
+        self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
+        self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
+        self.first_latent = 0
+
+    def feed(self, states: torch.Tensor) -> Filling | None:
+        """Takes `(B, S, D)` new token states; returns what they fill, None where they fill nothing."""
+        start, self.seen = self.seen, self.seen + states.shape[1]
+        self.tokens = states if self.tokens is None else torch.cat([self.tokens, states], dim=1)
+        return self.grid.filling(start, self.seen, self.padding, states.device, skip_idle=self.cached)
+
+    def members(self, filling: Filling) -> torch.Tensor:
+        """The token states `(R, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
+        window_start = self.seen - self.tokens.shape[1]
+        size = self.grid.size
+        if isinstance(filling.member_columns, int):
+            start = filling.member_columns - window_start
+            window = nn.functional.pad(self.tokens, (0, 0, -start, 0)) if start < 0 else self.tokens[:, start:]
+            return window[:, : filling.count * size].unflatten(1, (-1, size))
+        window = self.tokens if filling.rows is None else self.tokens[filling.rows]
+        index = (filling.member_columns - window_start).clamp(0, window.shape[1] - 1)
+        rows = torch.arange(window.shape[0], device=window.device).view(-1, 1, 1)
+        return window[rows, index]
+
+    def store(self, latents: torch.Tensor, filling: Filling) -> None:
+        """Keeps the core's outputs `(R, K, D)` for the tokens that will read them."""
+        if self.latents is None:
+            self.first_latent = filling.first
+            empty_shape = (self.tokens.shape[0], 0, latents.shape[-1])
+            self.latents = latents.new_zeros(empty_shape) if filling.rows is not None else latents
+            if filling.rows is None:
+                return
+        self.latents = write_columns(self.latents, latents, filling, origin=self.first_latent)
+
+    def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The updates `(B, S, D)` of the newest `length` tokens, zero where a token has nothing to read yet.
+
+        Args:
+            up: the up-scaling, from latents `(B, K, D)` to the updates of their slots `(B, K * G, D)`.
+        """
+        start = self.seen - length
+        tokens = self.tokens[:, -length:]
+        if self.latents is None:
+            updates = torch.zeros_like(tokens)
+        else:
+            first = max(self.first_latent, self.grid.first_kept_latent(start, self.padding)) if self.cached else 0
+            updates = self._shift(up(self.latents[:, first - self.first_latent :]), first, start, length)
+        if self.cached:
+            self._trim()
+        else:
+            self.tokens = self.latents = None
+        return updates
+
+    def _shift(self, updates: torch.Tensor, first: int, start: int, length: int) -> torch.Tensor:
+        """Picks the slot that each of `length` tokens from column `start` reads, out of latent columns `first` ..."""
+        slots_before = first * self.grid.size
+        if self.padding is None:
+            before = min(max(0, self.grid.shift - start), length)  # tokens that would read before the first one
+            position = self.grid.read_position(start + before, self.grid.phase(0)) - slots_before
+            shifted = updates[:, position : position + length - before]
+            return nn.functional.pad(shifted, (0, 0, before, 0)) if before else shifted
+        pads = self.padding.columns[:, None]
+        columns = torch.arange(start, start + length, device=updates.device)
+        readable = columns - self.grid.shift >= pads
+        position = self.grid.read_position(columns, self.grid.phase(pads)) - slots_before
+        index = position.clamp(0, updates.shape[1] - 1)
+        rows = torch.arange(updates.shape[0], device=updates.device)[:, None]
+        return updates[rows, index] * readable[..., None].to(updates.dtype)
+
+    def _trim(self) -> None:
+        """Drops the states that no later call needs; clones, or a slice would keep the whole prefill alive."""
+        if self.recording:
+            return
+        open_tokens = self.grid.open_tokens(self.seen, self.padding)
+        if open_tokens < self.tokens.shape[1]:
+            self.tokens = self.tokens[:, self.tokens.shape[1] - open_tokens :].clone()
+        if self.latents is not None:
+            kept = self.grid.first_kept_latent(self.seen, self.padding)
+            if kept > self.first_latent:
+                self.latents = self.latents[:, kept - self.first_latent :].clone()
+                self.first_latent = kept
+
+    # -- cache operations ---------------------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Goes back by `tokens_to_remove` columns. Raises `ValueError` where the states of that point are gone."""
+        target = self.seen - tokens_to_remove
+        padding = None if self.padding is None else self.padding.cropped(target)
+        open_tokens = self.grid.open_tokens(target, padding)
+        first_token = self.seen - self.tokens.shape[1]
+        read = self.grid.first_read_latent(target, padding)
+        tokens_gone = target < 0 or target - open_tokens < first_token
+        if tokens_gone or (read is not None and read < self.first_latent):
+            raise ValueError(
+                f"`crop` must go back over tokens that the cache still covers, but got -{tokens_to_remove} after "
+                f"{self.seen} tokens: the states of chunk size {self.grid.size} at that point are gone. Call "
+                "`activate_past_recording()` before feeding the tokens that may be cropped."
+            )
+        self.tokens = self.tokens[:, target - open_tokens - first_token : target - first_token].clone()
+        if self.latents is not None:
+            # Columns before `first_latent` are read by nobody (checked above): room for what fills there next.
+            kept = self.grid.first_kept_latent(target, padding)
+            latents = nn.functional.pad(self.latents, (0, 0, max(0, self.first_latent - kept), 0))
+            origin = min(self.first_latent, kept)
+            self.latents = latents[:, kept - origin : self.grid.latent_columns(target, padding) - origin].clone()
+            self.first_latent = kept
+        self.padding, self.seen = padding, target
+
+    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies a change of the batch dimension (reorder, select, repeat) to all that is kept per row."""
+        self.tokens = change(self.tokens)
+        if self.latents is not None:
+            self.latents = change(self.latents)
+        if self.padding is not None:
+            self.padding = LeftPadding(change(self.padding.columns))
+
+
+class SpiralFormerLatentLayer(DynamicLayer):
+    """Keys and values over the latents of one (iteration, core layer); registered for `DynamicCache(config=...)`.
+
+    The first core layer of an iteration owns its level, the others share it. A layer is built without arguments and
+    meets its level when the model first uses the cache.
+    """
+
+    _layer_type = LATENT_LAYER_TYPE
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.level: Level | None = None
+        self.owns_level = False
+        self.record_past = False
+
+    def attend(self, grid: ChunkGrid, owner: "SpiralFormerLatentLayer", empty: torch.Tensor) -> None:
+        """Gets ready for its level's first tokens.
+
+        Args:
+            grid: the level's chunks.
+            owner: the layer that owns the level, this one or the iteration's first.
+            empty: `(B, H, 0, D // H)`, no keys in the dtype and on the device of those to come.
+        """
+        if owner is self:
+            self.level, self.owns_level = Level(grid, cached=True), True
+            self.level.recording = self.record_past
+        self.level = owner.level
+        self.lazy_initialization(empty, empty)
+        self.keys, self.values = empty, empty
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, filling: Filling | None = None, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds `(R, H, K, D // H)` keys and values of the latents that `filling` describes.
+
+        Returns:
+            The keys and values `(R, H, filling.last, D // H)` of the rows that run.
+        """
+        if filling is None:
+            raise ValueError("`filling` must say which chunks the keys belong to: this cache layer holds latents.")
+        self.keys = write_columns(self.keys, key_states, filling)
+        self.values = write_columns(self.values, value_states, filling)
+        if filling.rows is None:
+            return self.keys[..., : filling.last, :], self.values[..., : filling.last, :]
+        return self.keys[filling.rows, :, : filling.last], self.values[filling.rows, :, : filling.last]
+
+    def get_seq_length(self) -> int:
+        """The latent column of the next filling where rows agree: the number of filled chunks."""
+        return 0 if self.level is None else self.level.grid.latent_columns(self.level.seen, self.level.padding)
+
+    def activate_past_recording(self) -> None:
+        """From now on keeps the states of every token, until `crop`, so that `crop` can go back over them."""
+        self.record_past = True
+        if self.level is not None:
+            self.level.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Goes back by `-tokens_to_remove` tokens (a count <= 0, in tokens, not latents).
+
+        Raises:
+            `ValueError`: for a positive count, and for a point whose states are gone.
+        """
+        tokens_to_remove = int(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove` must be 0 or negative, but got {tokens_to_remove}.")
+        if self.level is None:
+            return
+        if self.owns_level:
+            self.level.crop(-tokens_to_remove)
+        columns = self.get_seq_length()
+        if columns < self.keys.shape[-2]:
+            self.keys, self.values = self.keys[..., :columns, :].clone(), self.values[..., :columns, :].clone()
+
+    def reset(self) -> None:
+        """Forgets every state."""
+        super().reset()
+        self.level = None
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.level is None:
+            return
+        if self.owns_level:
+            self.level.map_rows(change)
+        self.keys, self.values = change(self.keys), change(self.values)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        self._map_rows(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        self._map_rows(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`, integers or booleans."""
+        self._map_rows(lambda states: states[indices.to(states.device)])
+
+
+def bind_levels(
+    cache: Cache, config: SpiralFormerConfig, grids: list[ChunkGrid], inputs_embeds: torch.Tensor
+) -> list[Level]:
+    """The levels that `cache` holds, one per iteration, made ready where the cache is new.
+
+    Raises:
+        `ValueError`: for a cache that holds no latents, belongs to another schedule or batch, is quantised or
+            offloaded, or was left half cropped by an error.
+    """
+    if not grids:
+        return []
+    expected = "`past_key_values` must be built for this model by DynamicCache(config=model.config)"
+    layers = getattr(cache, "layers", [])
+    if [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers] != [
+        layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types
+    ]:
+        raise ValueError(
+            f"{expected}, but got {cache!r} with {len(layers)} layers. Quantised caches are not supported."
+        )
+    if cache.offloading:
+        raise ValueError(f"{expected}, but got an offloaded cache: latents are few, keep them on the device.")
+
+    owners = [layers[config.num_prelude_layers + t * config.num_core_layers] for t in range(len(grids))]
+    if all(owner.level is None or owner.level.seen == 0 for owner in owners) and cache.get_seq_length() == 0:
+        cache.reset()  # what was cropped to nothing may be continued with another number of rows
+        head_dim = config.hidden_size // config.num_attention_heads
+        empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], config.num_attention_heads, 0, head_dim)
+        for iteration, (owner, grid) in enumerate(zip(owners, grids, strict=True)):
+            first = config.num_prelude_layers + iteration * config.num_core_layers
+            for layer in layers[first : first + config.num_core_layers]:
+                layer.attend(grid, owner, empty)
+        return [owner.level for owner in owners]
+
+    levels = [owner.level for owner in owners]
+    if [None if level is None else level.grid for level in levels] != grids:
+        raise ValueError(f"{expected}, but got one built for other chunk sizes, offsets or shifts.")
+    seen = [level.seen for level in levels]
+    if set(seen) != {cache.get_seq_length()}:
+        raise ValueError(f"{expected} and whole, but its levels hold {seen} of {cache.get_seq_length()} tokens.")
+    rows = levels[0].tokens.shape[0]
+    if rows != inputs_embeds.shape[0]:
+        raise ValueError(f"`past_key_values` holds {rows} rows, but the input has {inputs_embeds.shape[0]}.")
+    return levels
+
+
+class SlotView:
+    """A cache as the core sees it in one iteration: its layers' slots moved on, at the latents being filled.
+
+    GPT-NeoX attention asks for slot `layer_idx`, which a shared layer has only one of; mask creation asks for the
+    column of the first query. Slot of iteration t, core layer i: N_pre + t * N_core + i.
+    """
+
+    def __init__(self, cache: Cache, slot_offset: int, filling: Filling):
+        self.cache = cache
+        self.slot_offset = slot_offset
+        self.filling = filling
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the cache is static."""
+        return self.cache.is_compileable
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`, into this iteration's slot of the layer."""
+        return self.cache.update(key_states, value_states, layer_idx + self.slot_offset, self.filling)
+
+    def get_query_offset(self, layer_idx: int) -> int:
+        """The first latent column that runs."""
+        return self.filling.first
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many latent columns the keys span, and the first of them."""
+        return self.filling.last, 0
+
+
+__all__ = ["Level", "SlotView", "SpiralFormerLatentLayer", "bind_levels"]

@@ -1,0 +1,209 @@
+"""Chunk geometry: which tokens a chunk holds, when it fills, who reads it. Pure functions, no weights.
+
+Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), G tokens in a chunk.
+
+Everything is written over the columns of a padded batch. A row with p columns of left padding has its token i in
+column a = p + i, and its chunk j fills at the column a of its last member. All chunks of a row fill at the same place
+of a window of g columns, its phase e = (p - 1 - w) mod g, so the chunk that fills at column a is given the latent
+column a // g: each row has at most one filling per window, latent columns never collide, and unpadded rows waste none.
+The members of latent column c are the batch columns c*g + e - g + 1 ... c*g + e. `docs/cache.md` draws it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+class LeftPadding:
+    """Leading columns of padding in each row of a batch; a batch without any has None in its place.
+
+    Args:
+        columns (`torch.LongTensor` of shape `(B,)`): how many leading columns of each row are padding.
+    """
+
+    def __init__(self, columns: torch.Tensor):
+        self.columns = columns
+
+    @cached_property
+    def on_host(self) -> list[int]:
+        """The same as Python integers: one read from the device, made once for each batch."""
+        return self.columns.tolist()
+
+    def select(self, rows: torch.Tensor) -> "LeftPadding":
+        """The padding of the batch made of `rows` (`(R,)`, indices or booleans)."""
+        return LeftPadding(self.columns[rows.to(self.columns.device)])
+
+    def cropped(self, columns: int) -> "LeftPadding":
+        """The padding that is left of a batch cut back to its first `columns` columns."""
+        return LeftPadding(self.columns.clamp(max=columns))
+
+    def real_columns(self, columns: int) -> torch.Tensor:
+        """A `(B, columns)` boolean mask, True where a column holds a token."""
+        return torch.arange(columns, device=self.columns.device) >= self.columns[:, None]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """The chunks of one level that one call completes: latent columns `first` to `last` (excluded).
+
+    Where rows agree (no padding) every tensor but `position_ids` is None. In a padded batch some of the (row, column)
+    pairs are not filled by this call: they are computed along and left out, by `fresh` when written to a cache and by
+    `valid` when attended to.
+
+    Args:
+        rows: `(R,)` the rows of the batch that run, or None for all of them.
+        position_ids: `(R or 1, K)` chunk index of each latent, its rotary position.
+        member_columns: `(R, K, G)` batch column of each member, or the int column of the first member of `first`.
+        present: `(R or 1, K, G)` True where that member is a token of the row; None where all are.
+        valid: `(R, last)` True where a latent column is filled in that row; None where all are.
+        fresh: `(R, K)` True where this call fills that pair; None where it fills all.
+    """
+
+    first: int
+    last: int
+    position_ids: torch.Tensor
+    member_columns: torch.Tensor | int
+    present: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """K, the number of latent columns that run."""
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """The chunks of one level: size g, offset w, causal shift s (paper, Chunks and Causal shift).
+
+    The methods that take `pads` or `phase` work on Python integers and on tensors alike.
+    """
+
+    size: int
+    offset: int
+    shift: int
+
+    def phase(self, pads):
+        """e: the chunks of a row with `pads` columns of padding fill at the columns a with a mod g = e."""
+        return (pads - 1 - self.offset) % self.size
+
+    def first_latent(self, pads):
+        """The latent column of a row's first chunk."""
+        return (pads + self.size - 1 - self.offset) // self.size
+
+    def opened(self, columns, phase):
+        """How many latent columns a row with that phase has passed after `columns` batch columns."""
+        return (columns - phase + self.size - 1) // self.size
+
+    def read_position(self, column, phase):
+        """Where column `column` reads (its own column less the shift), in slots counted from latent column 0."""
+        return column - self.shift - phase + self.size - 1
+
+    # -- what one call fills ------------------------------------------------------------------------------------
+
+    def filling(
+        self, start: int, end: int, padding: LeftPadding | None, device: torch.device, skip_idle: bool
+    ) -> Filling | None:
+        """What the tokens in batch columns `start` to `end` (excluded) fill.
+
+        Args:
+            padding: the batch's left padding, None where there is none.
+            skip_idle: leave out the rows of a padded batch that fill nothing. Otherwise all rows run, and no value is
+                read from the device.
+
+        Returns:
+            None where no row fills anything.
+        """
+        if padding is None:
+            return self._filling_of_agreeing_rows(start, end, device)
+        pads, rows = padding.columns, None
+        first, last = start // self.size, -(-end // self.size)
+        if skip_idle:
+            spans = [self._span(start, end, p) for p in padding.on_host]
+            busy = [row for row, (first_row, last_row) in enumerate(spans) if first_row < last_row]
+            if not busy:
+                return None
+            first, last = min(spans[row][0] for row in busy), max(spans[row][1] for row in busy)
+            if len(busy) < len(spans):
+                rows = torch.tensor(busy, device=device)
+                pads = pads[rows]
+        pads = pads[:, None]
+        phase = self.phase(pads)
+        latents = torch.arange(last, device=device)
+        fill_columns = latents * self.size + phase
+        valid = (latents >= self.first_latent(pads)) & (fill_columns < end)
+        slots = torch.arange(1 - self.size, 1, device=device)
+        member_columns = fill_columns[:, first:, None] + slots
+        return Filling(
+            first=first,
+            last=last,
+            position_ids=(latents[first:] - self.first_latent(pads)).clamp(min=0),
+            member_columns=member_columns,
+            present=member_columns >= pads[..., None],
+            rows=rows,
+            valid=valid,
+            fresh=fill_columns[:, first:] >= start,
+        )
+
+    def _filling_of_agreeing_rows(self, start: int, end: int, device: torch.device) -> Filling | None:
+        first, last = self._span(start, end, 0)
+        if first == last:
+            return None
+        first_member = first * self.size - self.offset
+        present = None
+        if first_member < 0:
+            present = (torch.arange((last - first) * self.size, device=device) + first_member >= 0).view(
+                1, -1, self.size
+            )
+        return Filling(
+            first=first,
+            last=last,
+            position_ids=torch.arange(first, last, device=device)[None],
+            member_columns=first_member,
+            present=present,
+        )
+
+    def _span(self, start: int, end: int, pads: int) -> tuple[int, int]:
+        """First and last (excluded) latent column that one row fills in batch columns `start` to `end`."""
+        phase, first_latent = self.phase(pads), self.first_latent(pads)
+        return max(self.opened(start, phase), first_latent), max(self.opened(end, phase), first_latent)
+
+    # -- what the next call will need ---------------------------------------------------------------------------
+
+    def open_tokens(self, columns: int, padding: LeftPadding | None) -> int:
+        """How many of the newest of `columns` columns belong to a chunk that has not filled, in any row."""
+        pads = [0] if padding is None else padding.on_host
+        return max(max(0, min((columns - 1 - self.phase(p)) % self.size, columns - p)) for p in pads)
+
+    def first_read_latent(self, columns: int, padding: LeftPadding | None) -> int | None:
+        """The first filled latent column that a token in column `columns` or later reads; None where none is."""
+        spans = self._read_spans(columns, padding)
+        return min((read for read, opened in spans if read < opened), default=None)
+
+    def first_kept_latent(self, columns: int, padding: LeftPadding | None) -> int:
+        """The first latent column to keep after `columns` columns: one that is still read, or that fills next."""
+        return min(min(read, opened) for read, opened in self._read_spans(columns, padding))
+
+    def _read_spans(self, columns: int, padding: LeftPadding | None) -> list[tuple[int, int]]:
+        """For each row, the latent column that column `columns` reads, and the next one to fill."""
+        pads = [0] if padding is None else padding.on_host
+        read = [self.read_position(columns, self.phase(p)) // self.size for p in pads]
+        opened = [self.opened(columns, self.phase(p)) for p in pads]
+        first = [self.first_latent(p) for p in pads]
+        return [(max(r, f), max(o, f)) for r, o, f in zip(read, opened, first, strict=True)]
+
+    def latent_columns(self, columns: int, padding: LeftPadding | None) -> int:
+        """How many latent columns any row has opened after `columns` columns: all filled ones, where rows agree."""
+        pads = [0] if padding is None else padding.on_host
+        return max(self.opened(columns, self.phase(p)) for p in pads)
+
+
+def read_left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Counts the leading zeros of each row of a `(B, columns)` mask: its columns of left padding, `(B,)`."""
+    return (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1)
+
+
+__all__ = ["ChunkGrid", "Filling", "LeftPadding"]

@@ -1,0 +1,485 @@
+"""SpiralFormer (arXiv 2602.11698): a looped Transformer whose shared core runs once per resolution, coarse to fine.
+
+`SpiralFormerModel.forward` is the paper's Algorithm 1. Chunk geometry lives in `chunking_spiralformer`, what is kept
+between calls in `cache_spiralformer`; the layers are GPT-NeoX's own.
+
+Shape letters: B batch, R rows of the batch that run, S new tokens (all L of them without a cache), K chunks (latents)
+of a level, G tokens in a chunk, D hidden size, T iterations, N slots of MeSH.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_spiralformer import Level, SlotView, bind_levels
+from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding, read_left_padding
+from .configuration_spiralformer import SpiralFormerConfig
+
+
+class SpiralFormerResolution(nn.Module):
+    """Down- and up-scaling of iteration t: between the tokens of a chunk and its latent (paper, section 1).
+
+    The chunk size g = 1 needs neither: a token is its own latent.
+    """
+
+    def __init__(self, config: SpiralFormerConfig, iteration: int):
+        super().__init__()
+        self.chunk_size = config.chunk_sizes[iteration]
+        self.scorer = self.allocator = None
+        if self.chunk_size > 1 and config.down_scaling == "self_aggregation":
+            self.scorer = nn.Linear(config.hidden_size, 1)
+        if self.chunk_size > 1 and config.up_scaling == "allocation":
+            self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
+
+    def down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        """z_j = sum_i softmax_i(a . h_i + c) h_i over the chunk's members i, or their mean.
+
+        Args:
+            members: `(R, K, G, D)` token states.
+            present: `(R or 1, K, G)`, True where there is such a member; None where all are there.
+
+        Returns:
+            `(R, K, D)` latents.
+        """
+        if self.chunk_size == 1:
+            return members.squeeze(2)
+        scores = members.new_zeros(members.shape[:3]) if self.scorer is None else self.scorer(members).squeeze(-1)
+        if present is not None:
+            scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        return (weights.unsqueeze(-2) @ members).squeeze(-2)
+
+    def up(self, latents: torch.Tensor) -> torch.Tensor:
+        """u_i = sqrt(g) beta_(j, slot of i) zhat_j with beta_j = softmax(B zhat_j), or 1 / g.
+
+        Args:
+            latents: `(B, K, D)` outputs of the core.
+
+        Returns:
+            `(B, K * G, D)`, the updates of every slot of every chunk in order.
+        """
+        if self.chunk_size == 1:
+            return latents
+        scale = math.sqrt(self.chunk_size)
+        if self.allocator is None:
+            return (latents * (scale / self.chunk_size)).repeat_interleave(self.chunk_size, dim=1)
+        shares = self.allocator(latents).softmax(dim=-1) * scale
+        return (shares.unsqueeze(-1) * latents.unsqueeze(-2)).flatten(1, 2)
+
+
+class SpiralFormerRecurrence(nn.Module):
+    """The recurrences without parameters: base h' = u, residual h' = u + h, anchor h' = u + h_0, with h_0 = v."""
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__()
+        self.topology = config.topology
+
+    def start(self, embeddings: torch.Tensor, prelude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h_0 and what is carried along, from x and v = f_pre(x), all `(B, S, D)`."""
+        return prelude, prelude
+
+    def advance(self, iteration: int, update: torch.Tensor, state: torch.Tensor, carrier: torch.Tensor):
+        """h_(t+1) from the shifted update and h_t, all `(B, S, D)`; returns it with the carrier."""
+        if self.topology == "base":
+            return update, carrier
+        return update + (state if self.topology == "residual" else carrier), carrier
+
+
+class SpiralFormerMeSH(nn.Module):
+    """MeSH (arXiv 2510.07739): T + 1 write-read cycles on N memory slots per token, each with routers of its own.
+
+    Slot 0 starts as x, the others empty. Cycle k writes m_n += w_(k,n) new_k and reads sum_n r_(k,n) m_n, where new_0
+    is v and new_(t+1) the update of iteration t; its routers look at the state that entered the block. No slot is ever
+    built: what cycle k reads is r_(k,0) x + sum_(i <= k) (w_i . r_k) new_i, with one number w_i . r_k per token.
+    """
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__()
+        size, slots = config.hidden_size, config.resolved_num_memory_slots
+        self.write = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
+        self.read = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
+
+    def start(self, embeddings: torch.Tensor, prelude: torch.Tensor):
+        """Cycle 0: writes v, routed by x; returns h_0 and what has been written so far."""
+        return self._cycle(0, prelude, embeddings, [(None, embeddings)])
+
+    def advance(self, iteration: int, update: torch.Tensor, state: torch.Tensor, carrier: list):
+        """Cycle t + 1: writes the shifted update, routed by h_t; returns h_(t+1) and what has been written."""
+        return self._cycle(iteration + 1, update, state, carrier)
+
+    def _cycle(self, cycle: int, new: torch.Tensor, state: torch.Tensor, written: list):
+        """`written` holds (write weights `(B, S, N)`, what was written `(B, S, D)`), x first with weights None."""
+        write = self.write[cycle](state).softmax(dim=-1)
+        read = self.read[cycle](state).softmax(dim=-1)
+        written = [*written, (write, new)]
+        hidden = read[..., :1] * written[0][1]
+        for weights, content in written[1:]:
+            hidden = torch.addcmul(hidden, (weights * read).sum(dim=-1, keepdim=True), content)
+        return hidden, written
+
+
+@auto_docstring
+class SpiralFormerPreTrainedModel(PreTrainedModel):
+    config: SpiralFormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTNeoXLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True
+    # The embeddings are recorded where they leave the dropout: with no prelude the first layer sees latents.
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(nn.Dropout, layer_name="emb_dropout", capture_initial_hidden_state=False),
+            OutputRecorder(GPTNeoXLayer, capture_initial_hidden_state=False),
+        ],
+        "attentions": GPTNeoXAttention,
+    }
+
+    def __init__(self, config: SpiralFormerConfig, *args, **kwargs):
+        # `from_pretrained(path, chunk_sizes=...)` sets overrides on a finished config, which nobody has checked yet.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SpiralFormerResolution):
+            for linear in (module.scorer, module.allocator):
+                if linear is not None:
+                    init.zeros_(linear.weight)
+        elif isinstance(module, GPTNeoXLayer):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            for linear in (module.attention.dense, module.mlp.dense_4h_to_h):
+                init.normal_(linear.weight, mean=0.0, std=std)
+
+
+@auto_docstring
+class SpiralFormerModel(SpiralFormerPreTrainedModel):
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__(config)
+        iterations, core = config.num_iterations, config.num_core_layers
+        core_slot = config.num_prelude_layers
+        coda_slot = core_slot + iterations * core
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.emb_dropout = nn.Dropout(config.hidden_dropout)
+        self.prelude = nn.ModuleList(GPTNeoXLayer(config, slot) for slot in range(core_slot))
+        core_layers = core if config.share_core else iterations * core
+        self.core = nn.ModuleList(GPTNeoXLayer(config, core_slot + i) for i in range(core_layers))
+        self.coda = nn.ModuleList(GPTNeoXLayer(config, coda_slot + i) for i in range(config.num_coda_layers))
+        self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
+        self.topology = None
+        if iterations:
+            self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
+        self.grids = [
+            ChunkGrid(size, offset, shift)
+            for size, offset, shift in zip(
+                config.chunk_sizes, config.resolved_chunk_offsets, config.resolved_causal_shifts, strict=True
+            )
+        ]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[:2]:
+            name, shape = (
+                ("inputs_embeds", inputs_embeds.shape) if input_ids is None else ("input_ids", input_ids.shape)
+            )
+            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {tuple(shape)}.")
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # a replayed layer would write its keys twice
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        levels = self._levels(past_key_values, inputs_embeds)
+        padding, token_mask, past = self._read_mask(attention_mask, past_key_values, levels, inputs_embeds)
+        position_ids = self._position_ids(position_ids, padding, past, inputs_embeds)
+        token_layer = {
+            "attention_mask": self._token_mask(token_mask, past_key_values, inputs_embeds),
+            "position_ids": position_ids,
+            "layer_past": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            **kwargs,
+        }
+
+        # x, the embeddings
+        if self.config.scale_embeddings:
+            inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
+        embeddings = hidden_states = self.emb_dropout(inputs_embeds)
+
+        # v = f_pre(x)
+        for layer in self.prelude:
+            hidden_states = layer(hidden_states, **token_layer)
+
+        # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t), once per resolution
+        if self.topology is not None:
+            hidden_states, carrier = self.topology.start(embeddings, hidden_states)
+        for iteration, level in enumerate(levels):
+            level.padding = padding
+            update = self._iterate(iteration, hidden_states, level, past_key_values, use_cache=use_cache, **kwargs)
+            hidden_states, carrier = self.topology.advance(iteration, update, hidden_states, carrier)
+
+        # norm(f_post(h_T))
+        for layer in self.coda:
+            hidden_states = layer(hidden_states, **token_layer)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _iterate(
+        self, iteration: int, hidden_states: torch.Tensor, level: Level, cache: Cache | None, **kwargs
+    ) -> torch.Tensor:
+        """shift(Up(f_loop(Down(h_t)))): the update `(B, S, D)` of the tokens, from their states `(B, S, D)`."""
+        resolution = self.resolutions[iteration]
+        filling = level.feed(hidden_states)
+        if filling is not None:
+            latents = resolution.down(level.members(filling), filling.present)
+            level.store(self._run_core(iteration, latents, filling, cache, **kwargs), filling)
+        update = level.read(hidden_states.shape[1], resolution.up)
+        if filling is None and self.training:
+            update = update + self._idle_core(iteration, hidden_states, **kwargs)
+        return update
+
+    def _idle_core(self, iteration: int, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Runs an iteration that filled nothing on one zero latent, for a zero that depends on all its parameters.
+
+        Data-parallel training waits for a gradient of every parameter in every step, also of a text shorter than g.
+        """
+        resolution = self.resolutions[iteration]
+        members = hidden_states.new_zeros(1, 1, resolution.chunk_size, hidden_states.shape[-1])
+        position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
+        filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
+        latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
+        return 0 * resolution.up(latents).sum()
+
+    def _run_core(
+        self, iteration: int, latents: torch.Tensor, filling: Filling, cache: Cache | None, **kwargs
+    ) -> torch.Tensor:
+        """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
+        count = self.config.num_core_layers
+        layers = self.core if self.config.share_core else self.core[iteration * count : (iteration + 1) * count]
+        slot_offset = iteration * count if self.config.share_core else 0
+        view = None if cache is None else SlotView(cache, slot_offset, filling)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=latents,
+            attention_mask=filling.valid,
+            past_key_values=view,
+            layer_idx=self.config.num_prelude_layers + iteration * count,
+        )
+        position_embeddings = self.rotary_emb(latents, position_ids=filling.position_ids)
+        for layer in layers:
+            latents = layer(
+                latents,
+                attention_mask=attention_mask,
+                position_ids=filling.position_ids,
+                layer_past=view,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return latents
+
+    # -- inputs -------------------------------------------------------------------------------------------------
+
+    def _levels(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> list[Level]:
+        """One level per iteration: the cache's, or fresh ones that last for this call."""
+        if cache is None:
+            return [Level(grid, cached=False) for grid in self.grids]
+        return bind_levels(cache, self.config, self.grids, inputs_embeds)
+
+    def _read_mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        levels: list[Level],
+        inputs_embeds: torch.Tensor,
+    ) -> tuple[LeftPadding | None, torch.Tensor | None, int]:
+        """What the mask says of the `(B, past + S)` columns of the batch.
+
+        Returns:
+            the left padding, None where there is none; the 2-D mask for the token layers, None where every column is
+            real; the number of past columns.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        known = levels[0].padding if levels and past else None
+        settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
+        if attention_mask is not None:
+            attention_mask = self._check_mask_shape(attention_mask, batch, past + length).to(inputs_embeds.device)
+        if any(level.right_padded for level in levels):
+            raise ValueError("`past_key_values` holds right-padded rows: nothing can be appended to them. Pad left.")
+        if attention_mask is None or (settled and length == 1):
+            return known, None if known is None else known.real_columns(past + length), past
+        if is_torchdynamo_compiling():
+            return LeftPadding(read_left_padding(attention_mask)), attention_mask, past
+
+        real = attention_mask.bool()
+        pads = read_left_padding(attention_mask)
+        after_first = torch.arange(past + length, device=real.device) >= pads[:, None]
+        trailing = real.flip(-1).cumsum(dim=-1).flip(-1) == 0
+        holes = (after_first & ~real & ~trailing).any()
+        right_padded = (after_first & trailing).any()
+        padded = (pads > 0).any()
+        padded, right_padded, holes = torch.stack([padded, right_padded, holes]).tolist()
+        if holes:
+            raise ValueError("`attention_mask` must be zero only before or only after a row's tokens, but got holes.")
+        if past and right_padded:
+            raise ValueError("`attention_mask` must not end a row before its newest token when a cache is continued.")
+        if settled and pads.tolist() != ([0] * batch if known is None else known.on_host):
+            raise ValueError("`attention_mask` must keep the padding that the cached rows were started with.")
+        for level in levels:
+            level.right_padded = right_padded
+        padding = LeftPadding(pads) if padded else None
+        return padding, attention_mask if padded or right_padded else None, past
+
+    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, columns):
+            raise ValueError(
+                f"`attention_mask` must have shape {(batch, columns)} (rows, past and new tokens), but got "
+                f"{tuple(attention_mask.shape)}. Masks of 4 dimensions are not supported: chunks need to know which "
+                "tokens are real, not who attends to whom."
+            )
+        return attention_mask
+
+    def _position_ids(
+        self, position_ids: torch.Tensor | None, padding: LeftPadding | None, past: int, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        columns = torch.arange(past, past + length, device=device)[None]
+        if position_ids is None:
+            return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
+        if length > 1 and not is_torchdynamo_compiling():
+            restarts = position_ids.diff(dim=-1) <= 0
+            if padding is not None:
+                restarts = restarts & (columns[:, :-1] >= padding.columns[:, None])
+            if restarts.any():
+                raise ValueError("`position_ids` must increase along a row: packed rows are not supported.")
+        return position_ids
+
+    def _token_mask(
+        self, token_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The mask of prelude and coda, sized by the first cache slot at token resolution."""
+        if not self.prelude and not self.coda:
+            return None
+        slot = 0 if self.prelude else self.config.num_hidden_layers - self.config.num_coda_layers
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=token_mask,
+            past_key_values=cache,
+            layer_idx=slot,
+        )
+
+
+@auto_docstring
+class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__(config)
+        self.model = SpiralFormerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Hands on the 2-D mask: each level draws its own mask from it, also with a static cache."""
+        return attention_mask
+
+
+class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):
+    pass
+
+
+class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerPreTrainedModel):
+    pass
+
+
+class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
+    pass
+
+
+__all__ = [
+    "SpiralFormerForCausalLM",
+    "SpiralFormerForQuestionAnswering",
+    "SpiralFormerForSequenceClassification",
+    "SpiralFormerForTokenClassification",
+    "SpiralFormerModel",
+    "SpiralFormerPreTrainedModel",
+]
