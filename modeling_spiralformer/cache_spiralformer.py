@@ -96,13 +96,14 @@ class Level:
         Args:
             up: the up-scaling, from latents `(B, K, D)` to the updates of their slots `(B, K * G, D)`.
         """
-        start = self.seen - length
-        tokens = self.tokens[:, -length:]
-        if self.latents is None:
-            updates = torch.zeros_like(tokens)
+        start, first, readable = self.seen - length, self.first_latent, self.latents
+        if self.cached and readable is not None:
+            first = max(first, self.grid.first_kept_latent(start, self.padding))
+            readable = readable[:, first - self.first_latent :]
+        if readable is None or readable.shape[1] == 0:
+            updates = torch.zeros_like(self.tokens[:, -length:])
         else:
-            first = max(self.first_latent, self.grid.first_kept_latent(start, self.padding)) if self.cached else 0
-            updates = self._shift(up(self.latents[:, first - self.first_latent :]), first, start, length)
+            updates = self._shift(up(readable), first, start, length)
         if self.cached:
             self._trim()
         else:
@@ -281,6 +282,8 @@ def bind_levels(
             offloaded, or was left half cropped by an error.
     """
     if not grids:
+        if not cache.is_compileable and cache.get_seq_length() == 0:
+            cache.reset()  # keys that were cropped to nothing may go on with another number of rows
         return []
     expected = "`past_key_values` must be built for this model by DynamicCache(config=model.config)"
     layers = getattr(cache, "layers", [])
@@ -295,7 +298,7 @@ def bind_levels(
 
     owners = [layers[config.num_prelude_layers + t * config.num_core_layers] for t in range(len(grids))]
     if all(owner.level is None or owner.level.seen == 0 for owner in owners) and cache.get_seq_length() == 0:
-        cache.reset()  # what was cropped to nothing may be continued with another number of rows
+        cache.reset()  # as above
         head_dim = config.hidden_size // config.num_attention_heads
         empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], config.num_attention_heads, 0, head_dim)
         for iteration, (owner, grid) in enumerate(zip(owners, grids, strict=True)):

@@ -46,8 +46,10 @@ class SpiralFormerResolution(nn.Module):
         self.scorer = self.allocator = None
         if self.chunk_size > 1 and config.down_scaling == "self_aggregation":
             self.scorer = nn.Linear(config.hidden_size, 1)
+            self.scorer.initial_std = 0.0  # starts as the mean
         if self.chunk_size > 1 and config.up_scaling == "allocation":
             self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
+            self.allocator.initial_std = 0.0  # starts as a broadcast
 
     def down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
         """z_j = sum_i softmax_i(a . h_i + c) h_i over the chunk's members i, or their mean.
@@ -165,14 +167,10 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SpiralFormerResolution):
-            for linear in (module.scorer, module.allocator):
-                if linear is not None:
-                    init.zeros_(linear.weight)
-        elif isinstance(module, GPTNeoXLayer):
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            for linear in (module.attention.dense, module.mlp.dense_4h_to_h):
-                init.normal_(linear.weight, mean=0.0, std=std)
+        # Set on the linear layers themselves: for classes outside of the library, `_init_weights` is not asked about
+        # modules without parameters of their own.
+        if hasattr(module, "initial_std"):
+            init.normal_(module.weight, mean=0.0, std=module.initial_std)
 
 
 @auto_docstring
@@ -200,6 +198,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 config.chunk_sizes, config.resolved_chunk_offsets, config.resolved_causal_shifts, strict=True
             )
         ]
+        for layer in (*self.prelude, *self.core, *self.coda):
+            for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+                output.initial_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -279,7 +280,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         return update
 
     def _idle_core(self, iteration: int, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Runs an iteration that filled nothing on one zero latent, for a zero that depends on all its parameters.
+        """Runs an iteration that filled nothing on one zero latent, for a zero that depends on every parameter.
 
         Data-parallel training waits for a gradient of every parameter in every step, also of a text shorter than g.
         """
@@ -288,7 +289,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
         latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
-        return 0 * resolution.up(latents).sum()
+        return 0 * (resolution.up(latents).sum() + hidden_states.sum())
 
     def _run_core(
         self, iteration: int, latents: torch.Tensor, filling: Filling, cache: Cache | None, **kwargs

@@ -1,0 +1,233 @@
+"""
+SpiralFormer written from its equations: one row, token by token, in float64. Slow and obvious, to test against.
+
+Shares no code with the package. Sources: arXiv 2602.11698 (SpiralFormer) for chunks, down-scaling, up-scaling, shift
+and anchor; arXiv 2510.07739 (MeSH) for the memory slots; the GPT-NeoX layer as in transformers. No dropout; gradients
+flow into weights and embeddings. `config` is anything with the attributes of SpiralFormerConfig.
+
+Letters: L tokens, K latents (chunks) of a level, G tokens in a chunk, D hidden size, H heads, T iterations, S slots,
+V vocabulary. A state is a (D,) vector; a sequence of states is a list of them, one per token or one per latent.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+State = Tensor
+States = list[Tensor]
+Weights = dict[str, Tensor]
+
+
+def reference_logits(config, state_dict: Weights, input_ids) -> Tensor:
+    """Logits (L, V) in float64 of one unpadded row of L >= 1 token ids (a 1-D LongTensor or a list)."""
+    embeddings = state_dict["model.embed_tokens.weight"]
+    return reference_logits_from_embeddings(config, state_dict, embeddings[torch.as_tensor(input_ids)])
+
+
+def reference_logits_from_embeddings(config, state_dict: Weights, embeddings: Tensor) -> Tensor:
+    """
+    Logits (L, V) of one row of embeddings (L, D), not yet scaled. The whole of Algorithm 1:
+    x -> v = f_pre(x) -> T iterations -> head(norm(f_post(h_T))).
+    """
+    scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
+    x = [scale * embedding for embedding in embeddings.to(torch.float64)]
+    v = run_layers(config, state_dict, "model.prelude", range(config.num_prelude_layers), x)
+    h = run_loop(config, state_dict, x, v) if config.chunk_sizes else v
+    y = run_layers(config, state_dict, "model.coda", range(config.num_coda_layers), h)
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return torch.stack(
+        [linear(state_dict, head, layer_norm(config, state_dict, "model.norm", state), bias=False) for state in y]
+    )
+
+
+# -- topology: how the update of an iteration meets the state -----------------------------------------------------
+
+
+def run_loop(config, weights: Weights, x: States, v: States) -> States:
+    """h_T from the embeddings x and the prelude's output v: h_{t+1} = Topology(ut_t, h_t, carrier, t)."""
+    if config.topology == "mesh":
+        return run_mesh_loop(config, weights, x, v)
+    h = v
+    for t in range(len(config.chunk_sizes)):
+        update = run_iteration(config, weights, t, h)
+        if config.topology == "anchor":  # h_{t+1} = ut_t + h_0, with h_0 = v
+            h = [new + first for new, first in zip(update, v, strict=True)]
+        elif config.topology == "residual":  # h_{t+1} = ut_t + h_t
+            h = [new + old for new, old in zip(update, h, strict=True)]
+        elif config.topology == "base":  # h_{t+1} = ut_t
+            h = update
+        else:
+            raise ValueError(f"`topology` must be mesh, anchor, residual or base, but got {config.topology!r}.")
+    return h
+
+
+def run_mesh_loop(config, weights: Weights, x: States, v: States) -> States:
+    """h_T of MeSH: m_0 = x and the other slots zero; cycle 0 stores v, cycle t + 1 the update of iteration t."""
+    iterations = len(config.chunk_sizes)
+    num_slots = iterations + 3 if config.num_memory_slots is None else config.num_memory_slots
+    empty = [torch.zeros_like(state) for state in x]
+    memory = [x] + [empty] * (num_slots - 1)  # S slots of L states
+    memory, h = run_mesh_cycle(weights, 0, memory, new=v, entered=x)
+    for t in range(iterations):
+        update = run_iteration(config, weights, t, h)
+        memory, h = run_mesh_cycle(weights, t + 1, memory, new=update, entered=h)
+    return h
+
+
+def run_mesh_cycle(
+    weights: Weights, cycle: int, memory: list[States], new: States, entered: States
+) -> tuple[list[States], States]:
+    """
+    One write and read, per token: m_b += w_b * new, then h = sum_b r_b * m_b. Both routers look at the state that
+    entered the block, not at what it made of it. Returns the new memory and h.
+    """
+    num_slots = len(memory)
+    written = [[] for _ in range(num_slots)]
+    h = []
+    for token, state in enumerate(entered):
+        write = linear(weights, f"model.topology.write.{cycle}", state).softmax(dim=-1)  # (S,)
+        read = linear(weights, f"model.topology.read.{cycle}", state).softmax(dim=-1)  # (S,)
+        if len(write) != num_slots or len(read) != num_slots:
+            raise ValueError(f"The routers of cycle {cycle} must have {num_slots} slots, but got {len(write)}.")
+        for slot in range(num_slots):
+            written[slot].append(memory[slot][token] + write[slot] * new[token])
+        h.append(sum(read[slot] * written[slot][token] for slot in range(num_slots)))
+    return written, h
+
+
+# -- one iteration: down-scale, core, up-scale, shift -------------------------------------------------------------
+
+
+def run_iteration(config, weights: Weights, t: int, h: States) -> States:
+    """The shifted update ut_t, L states: Down_t, f_loop, Up_t, and shift by s_t."""
+    size = config.chunk_sizes[t]
+    offset = size // 2 if config.chunk_offsets is None else config.chunk_offsets[t]
+    shift = size - 1 if config.causal_shifts is None else config.causal_shifts[t]
+    chunk_of = [(i + offset) // size for i in range(len(h))]  # pi(i)
+    slot_of = [(i + offset) % size for i in range(len(h))]  # rho(i)
+    num_chunks = (len(h) + offset) // size  # every filled chunk, also where size does not divide L
+
+    z = [
+        down_scale(config, weights, t, [h[i] for i in range(len(h)) if chunk_of[i] == chunk])
+        for chunk in range(num_chunks)
+    ]
+    first_layer = 0 if config.share_core else t * config.num_core_layers
+    layers = range(first_layer, first_layer + config.num_core_layers)
+    zhat = run_layers(config, weights, "model.core", layers, z)
+
+    u = []  # u_i = lambda beta_{pi(i), rho(i)} zhat_{pi(i)}; ends with the last filled chunk
+    for i in range(len(h)):
+        if chunk_of[i] < num_chunks:
+            latent = zhat[chunk_of[i]]
+            beta = allocate(config, weights, t, latent)[slot_of[i]]
+            u.append(math.sqrt(size) * beta * latent)
+
+    # ut[p] = u[p - s]; s >= g - 1 makes the token p - s belong to a chunk that is full at p.
+    return [u[p - shift] if p >= shift else torch.zeros_like(h[p]) for p in range(len(h))]
+
+
+def down_scale(config, weights: Weights, t: int, members: States) -> State:
+    """z_j from the members of chunk j (the first may be short): softmax of their scores a_t h_i + c_t, or the mean."""
+    if config.chunk_sizes[t] == 1 or config.down_scaling == "mean":
+        pooling = torch.full((len(members),), 1 / len(members), dtype=torch.float64)
+    else:
+        scores = [linear(weights, f"model.resolutions.{t}.scorer", member) for member in members]  # (1,) each
+        pooling = torch.cat(scores).softmax(dim=-1)
+    return sum(weight * member for weight, member in zip(pooling, members, strict=True))
+
+
+def allocate(config, weights: Weights, t: int, latent: State) -> Tensor:
+    """beta_j (G,): softmax(B_t zhat_j) over all slots, also in the short first chunk, or 1 / g."""
+    size = config.chunk_sizes[t]
+    if size == 1 or config.up_scaling == "broadcast":
+        return torch.full((size,), 1 / size, dtype=torch.float64)
+    return linear(weights, f"model.resolutions.{t}.allocator", latent).softmax(dim=-1)
+
+
+# -- the GPT-NeoX layer -------------------------------------------------------------------------------------------
+
+
+def run_layers(config, weights: Weights, block: str, layers: range, states: States) -> States:
+    """The states (tokens, or latents counted by chunk) after the given layers of a block; nothing in, nothing out."""
+    for layer in layers:
+        states = run_layer(config, weights, f"{block}.{layer}", states)
+    return states
+
+
+def run_layer(config, weights: Weights, name: str, states: States) -> States:
+    """Parallel: y = x + attn(ln1 x) + mlp(ln2 x). Sequential: the MLP reads x + attn(ln1 x) instead."""
+    attended = attend(
+        config,
+        weights,
+        f"{name}.attention",
+        [layer_norm(config, weights, f"{name}.input_layernorm", state) for state in states],
+    )
+    outputs = []
+    for state, attention in zip(states, attended, strict=True):
+        mlp_input = state if config.use_parallel_residual else state + attention
+        normed = layer_norm(config, weights, f"{name}.post_attention_layernorm", mlp_input)
+        inner = ACT2FN[config.hidden_act](linear(weights, f"{name}.mlp.dense_h_to_4h", normed))
+        outputs.append(state + attention + linear(weights, f"{name}.mlp.dense_4h_to_h", inner))
+    return outputs
+
+
+def attend(config, weights: Weights, name: str, states: States) -> States:
+    """Causal softmax attention with rotary positions 0, 1, ...; the fused weight holds q, k, v head by head."""
+    head_size = config.hidden_size // config.num_attention_heads
+    angles = rotary_angles(config, len(states))
+    queries, keys, values = [], [], []  # one (H, head_size) per position
+    for position, state in enumerate(states):
+        fused = linear(weights, f"{name}.query_key_value", state, bias=config.attention_bias)
+        query, key, value = fused.view(config.num_attention_heads, 3 * head_size).split(head_size, dim=-1)
+        queries.append(rotate(query, *angles[position]))
+        keys.append(rotate(key, *angles[position]))
+        values.append(value)
+
+    outputs = []
+    for position, query in enumerate(queries):
+        seen_keys, seen_values = torch.stack(keys[: position + 1]), torch.stack(values[: position + 1])
+        heads = []
+        for head in range(config.num_attention_heads):
+            scores = seen_keys[:, head] @ query[head] / math.sqrt(head_size)
+            heads.append(scores.softmax(dim=-1) @ seen_values[:, head])
+        outputs.append(linear(weights, f"{name}.dense", torch.cat(heads), bias=config.attention_bias))
+    return outputs
+
+
+def rotary_angles(config, length: int) -> list[tuple[Tensor, Tensor]]:
+    """
+    Cosines and sines (rotary_dims / 2,) of every position. The library computes them in float32 whatever the dtype of
+    the model; so does this, in one table, for equality far below the 1e-7 that float32 would leave.
+    """
+    rope = config.rope_parameters
+    head_size = config.hidden_size // config.num_attention_heads
+    rotary_dims = int(head_size * rope.get("partial_rotary_factor", 1.0))
+    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary_dims, 2, dtype=torch.float32) / rotary_dims))
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] != "default":
+        raise ValueError(f"`rope_type` must be default or linear in the reference, but got {rope['rope_type']!r}.")
+    table = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return list(zip(table.cos().double(), table.sin().double(), strict=True))
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Each head of (H, head_size): dims i and i + rotary_dims / 2 turn together, those after rotary_dims stay."""
+    half = len(cosine)
+    first, second, rest = heads[:, :half], heads[:, half : 2 * half], heads[:, 2 * half :]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
+
+
+def layer_norm(config, weights: Weights, name: str, state: State) -> State:
+    """LayerNorm of one state, with weight and bias."""
+    centred = state - state.mean()
+    normed = centred / torch.sqrt(centred.square().mean() + config.layer_norm_eps)
+    return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(weights: Weights, name: str, state: State, bias: bool = True) -> Tensor:
+    """W x + c of one state, or W x where `bias` is False."""
+    product = weights[f"{name}.weight"] @ state
+    return product + weights[f"{name}.bias"] if bias else product
