@@ -249,7 +249,7 @@ class SpiralFormerLatentLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets every state."""
-        super().reset()
+        forget(self)
         self.level = None
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -272,6 +272,24 @@ class SpiralFormerLatentLayer(DynamicLayer):
         self._map_rows(lambda states: states[indices.to(states.device)])
 
 
+def forget(layer: DynamicLayer) -> None:
+    """Drops a layer's keys and values, and with them its number of rows; `reset` of transformers 5.17 zeroes them."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+
+
+def restart(cache: Cache) -> None:
+    """Forgets a cache that holds no token, so that it may go on with another number of rows."""
+    for layer in cache.layers:
+        forget(layer)
+        layer.level = None
+
+
+def holds_nothing(layer: DynamicLayer) -> bool:
+    """Whether a layer's cache is new, cropped to nothing, or was reset, also by zeroing."""
+    return layer.get_seq_length() == 0 or not (layer.keys.any() or layer.values.any())
+
+
 def bind_levels(
     cache: Cache, config: SpiralFormerConfig, grids: list[ChunkGrid], inputs_embeds: torch.Tensor
 ) -> list[Level]:
@@ -283,22 +301,20 @@ def bind_levels(
     """
     if not grids:
         if not cache.is_compileable and cache.get_seq_length() == 0:
-            cache.reset()  # keys that were cropped to nothing may go on with another number of rows
+            restart(cache)
         return []
     expected = "`past_key_values` must be built for this model by DynamicCache(config=model.config)"
     layers = getattr(cache, "layers", [])
     if [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers] != [
         layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types
     ]:
-        raise ValueError(
-            f"{expected}, but got {cache!r} with {len(layers)} layers. Quantised caches are not supported."
-        )
+        raise ValueError(f"{expected}, and hold latents unquantised, but got {cache!r} of {len(layers)} layers.")
     if cache.offloading:
         raise ValueError(f"{expected}, but got an offloaded cache: latents are few, keep them on the device.")
 
     owners = [layers[config.num_prelude_layers + t * config.num_core_layers] for t in range(len(grids))]
-    if all(owner.level is None or owner.level.seen == 0 for owner in owners) and cache.get_seq_length() == 0:
-        cache.reset()  # as above
+    if all(owner.level is None or owner.level.seen == 0 for owner in owners) and holds_nothing(layers[0]):
+        restart(cache)
         head_dim = config.hidden_size // config.num_attention_heads
         empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], config.num_attention_heads, 0, head_dim)
         for iteration, (owner, grid) in enumerate(zip(owners, grids, strict=True)):

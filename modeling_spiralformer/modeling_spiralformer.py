@@ -364,12 +364,17 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise ValueError("`attention_mask` must be zero only before or only after a row's tokens, but got holes.")
         if past and right_padded:
             raise ValueError("`attention_mask` must not end a row before its newest token when a cache is continued.")
-        if settled and pads.tolist() != ([0] * batch if known is None else known.on_host):
-            raise ValueError("`attention_mask` must keep the padding that the cached rows were started with.")
+        before = [0] * batch if known is None else known.on_host
+        if levels and past and pads.clamp(max=past).tolist() != before:
+            raise ValueError(
+                f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
+                f"but got {pads.tolist()}."
+            )
         for level in levels:
             level.right_padded = right_padded
-        padding = LeftPadding(pads) if padded else None
-        return padding, attention_mask if padded or right_padded else None, past
+        if not settled:
+            known = LeftPadding(pads) if padded else None
+        return known, attention_mask if padded or right_padded else None, past
 
     def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
         if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, columns):
