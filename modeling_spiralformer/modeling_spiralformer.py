@@ -468,6 +468,18 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """Hands on the 2-D mask: each level draws its own mask from it, also with a static cache."""
         return attention_mask
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
+        """Infers a mask from pad ids as the library does; while a cache is continued, leading pads only.
+
+        The draft of assisted decoding starts `generate()` again and again on its own text. A pad id that it generated
+        there is a token like any other: the cache has counted it.
+        """
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            return mask
+        return (mask.cumsum(dim=-1) > 0).to(mask.dtype)
+
 
 class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):
     pass
