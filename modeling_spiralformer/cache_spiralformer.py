@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding
 from .configuration_spiralformer import LATENT_LAYER_TYPE, SpiralFormerConfig
@@ -38,6 +39,14 @@ def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, ori
     return torch.cat([grown[..., :first, :], block, grown[..., last:, :]], dim=-2)
 
 
+def write_one_column(stored: torch.Tensor, new: torch.Tensor, column: torch.Tensor, filling: Filling) -> None:
+    """Writes `(B, ..., 1, D)` into one column (a tensor) of a store `(B, ..., columns, D)` of fixed address."""
+    if filling.fresh is not None:
+        fresh = filling.fresh.view(-1, *[1] * (new.dim() - 1))
+        new = torch.where(fresh, new, stored.index_select(-2, column[None]))
+    stored.index_copy_(-2, column[None], new)
+
+
 class Level:
     """One resolution between calls: the tokens of the open chunks and the newest latents.
 
@@ -61,11 +70,21 @@ class Level:
         self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
         self.first_latent = 0
 
+    @property
+    def skips_idle_rows(self) -> bool:
+        """Whether rows of a padded batch that fill nothing are left out of the core."""
+        return self.cached
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rows that are kept."""
+        return self.tokens.shape[0]
+
     def feed(self, states: torch.Tensor) -> Filling | None:
         """Takes `(B, S, D)` new token states; returns what they fill, None where they fill nothing."""
         start, self.seen = self.seen, self.seen + states.shape[1]
         self.tokens = states if self.tokens is None else torch.cat([self.tokens, states], dim=1)
-        return self.grid.filling(start, self.seen, self.padding, states.device, skip_idle=self.cached)
+        return self.grid.filling(start, self.seen, self.padding, states.device, skip_idle=self.skips_idle_rows)
 
     def members(self, filling: Filling) -> torch.Tensor:
         """The token states `(R, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
@@ -174,6 +193,139 @@ class Level:
             self.padding = LeftPadding(change(self.padding.columns))
 
 
+class StaticLevel(Level):
+    """A level in tensors of fixed size and address, so that a decode step compiles.
+
+    Tokens and latents sit in rings: batch column a in slot a mod g, latent column c in slot c mod n. Python integers
+    only choose whether the core runs; every position in a one-token step is a tensor. A padded batch runs all its rows
+    at columns where any of them fills, and writes only those that do. Longer calls unpack the rings, go the way of
+    `Level`, and pack them again.
+
+    Args:
+        max_tokens (`int`): columns of the batch that fit.
+        states: `(B, 0, D)`, no states in the dtype and on the device of those to come.
+    """
+
+    def __init__(self, grid: ChunkGrid, max_tokens: int, states: torch.Tensor):
+        super().__init__(grid, cached=True)
+        self.max_tokens = max_tokens
+        self.max_latents = -(-max_tokens // grid.size)
+        latents_read = 2 + -(-(grid.shift - grid.size + 1) // grid.size)
+        self.token_ring = states.new_zeros(states.shape[0], grid.size, states.shape[2])
+        self.latent_ring = states.new_zeros(states.shape[0], latents_read, states.shape[2])
+        self.column = torch.zeros((), dtype=torch.long, device=states.device)  # `seen`, for the compiled graph
+
+    @property
+    def skips_idle_rows(self) -> bool:
+        return False
+
+    @property
+    def rows(self) -> int:
+        return self.token_ring.shape[0]
+
+    def feed(self, states: torch.Tensor) -> Filling | None:
+        if self.seen + states.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"The static cache holds {self.max_tokens} tokens, but got {self.seen + states.shape[1]}."
+            )
+        if states.shape[1] > 1:
+            self._unpack()
+            return super().feed(states)
+        self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
+        self.seen += 1
+        distance = 1
+        for pads in {0} if self.padding is None else set(self.padding.on_host):
+            distance *= (self.seen - 1 - self.grid.phase(pads)) % self.grid.size
+        # One condition on one product, or a compiled step would be compiled again for each row's phase on its own.
+        if distance != 0:
+            return None
+        return self._filling_of_one_token()
+
+    def _pads(self) -> torch.Tensor:
+        """Left padding as a column vector `(B or 1, 1)`."""
+        return self.column.new_zeros(1, 1) if self.padding is None else self.padding.columns[:, None]
+
+    def _filling_of_one_token(self) -> Filling:
+        pads, size = self._pads(), self.grid.size
+        latent = self.column // size
+        slots = torch.arange(size, device=pads.device)
+        ring_columns = self.column - (self.column - slots) % size
+        valid = fresh = None
+        if self.padding is not None:
+            latents = torch.arange(self.max_latents, device=pads.device)
+            filled = latents * size + self.grid.phase(pads) <= self.column
+            valid = filled & (latents >= self.grid.first_latent(pads))
+            fresh = self.column % size == self.grid.phase(pads)
+        return Filling(
+            first=latent,
+            last=self.max_latents,
+            position_ids=(latent - self.grid.first_latent(pads)).clamp(min=0),
+            member_columns=ring_columns,
+            present=(ring_columns >= pads)[:, None],
+            valid=valid,
+            fresh=fresh,
+        )
+
+    def members(self, filling: Filling) -> torch.Tensor:
+        if isinstance(filling.first, torch.Tensor):
+            return self.token_ring[:, None]
+        return super().members(filling)
+
+    def store(self, latents: torch.Tensor, filling: Filling) -> None:
+        if isinstance(filling.first, torch.Tensor):
+            write_one_column(self.latent_ring, latents, filling.first % self.latent_ring.shape[1], filling)
+        else:
+            super().store(latents, filling)
+
+    def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if self.tokens is not None:
+            return super().read(length, up)
+        pads, size = self._pads(), self.grid.size
+        position = self.grid.read_position(self.column, self.grid.phase(pads))
+        rows = torch.arange(self.rows, device=pads.device)[:, None]
+        latents = self.latent_ring[rows, position // size % self.latent_ring.shape[1]]
+        updates = up(latents)[rows, position % size]
+        readable = self.column - self.grid.shift >= pads
+        self.column.add_(1)
+        return updates * readable[..., None].to(updates.dtype)
+
+    def _unpack(self) -> None:
+        """Rings to the tensors in order that `Level` works on."""
+        device = self.column.device
+        open_tokens = self.grid.open_tokens(self.seen, self.padding)
+        self.tokens = self.token_ring[
+            :, torch.arange(self.seen - open_tokens, self.seen, device=device) % self.grid.size
+        ]
+        self.first_latent = self.grid.first_kept_latent(self.seen, self.padding)
+        columns = torch.arange(self.first_latent, self.grid.latent_columns(self.seen, self.padding), device=device)
+        self.latents = self.latent_ring[:, columns % self.latent_ring.shape[1]] if len(columns) else None
+
+    def _trim(self) -> None:
+        """Packs what the next call may need back into the rings."""
+        device = self.column.device
+        count = min(self.tokens.shape[1], self.grid.size)
+        slots = torch.arange(self.seen - count, self.seen, device=device) % self.grid.size
+        self.token_ring.index_copy_(1, slots, self.tokens[:, self.tokens.shape[1] - count :])
+        if self.latents is not None:
+            count = min(self.latents.shape[1], self.latent_ring.shape[1])
+            last = self.first_latent + self.latents.shape[1]
+            slots = torch.arange(last - count, last, device=device) % self.latent_ring.shape[1]
+            self.latent_ring.index_copy_(1, slots, self.latents[:, self.latents.shape[1] - count :])
+        self.tokens = self.latents = None
+        self.column.fill_(self.seen)
+
+    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.token_ring, self.latent_ring = change(self.token_ring), change(self.latent_ring)
+        if self.padding is not None:
+            self.padding = LeftPadding(change(self.padding.columns))
+
+    def reset(self) -> None:
+        """Forgets every state and keeps the tensors."""
+        self.seen, self.padding, self.right_padded = 0, None, False
+        for state in (self.token_ring, self.latent_ring, self.column):
+            state.zero_()
+
+
 class SpiralFormerLatentLayer(DynamicLayer):
     """Keys and values over the latents of one (iteration, core layer); registered for `DynamicCache(config=...)`.
 
@@ -272,6 +424,75 @@ class SpiralFormerLatentLayer(DynamicLayer):
         self._map_rows(lambda states: states[indices.to(states.device)])
 
 
+class SpiralFormerStaticLatentLayer(StaticLayer):
+    """Keys and values over the latents of one (iteration, core layer), of fixed size; for `StaticCache`."""
+
+    _layer_type = LATENT_LAYER_TYPE
+    supports_early_init = False  # it does not know its chunk size before the model first uses it
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len=max_cache_len)
+        self.level: StaticLevel | None = None
+        self.owns_level = False
+
+    def attend(self, grid: ChunkGrid, owner: "SpiralFormerStaticLatentLayer", empty: torch.Tensor) -> None:
+        """As for the dynamic layer: gets ready for its level's first tokens, allocating everything."""
+        if self.level is not None and self.level.rows == empty.shape[0]:
+            return
+        if owner is self:
+            states = empty.transpose(1, 2).flatten(2)
+            self.level, self.owns_level = StaticLevel(grid, self.max_cache_len, states), True
+        self.level = owner.level
+        shape = (*empty.shape[:2], self.level.max_latents, empty.shape[-1])
+        self.keys, self.values = empty.new_zeros(shape), empty.new_zeros(shape)
+        self.dtype, self.device, self.batch_size = empty.dtype, empty.device, empty.shape[0]
+        self.is_initialized = True
+        if not is_torchdynamo_compiling():
+            level = self.level
+            for state in (self.keys, self.values, level.token_ring, level.latent_ring, level.column):
+                torch._dynamo.mark_static_address(state)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, filling: Filling | None = None, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds `(B, H, K, D // H)` keys and values; returns those of all latent columns up to `filling.last`."""
+        if filling is None:
+            raise ValueError("`filling` must say which chunks the keys belong to: this cache layer holds latents.")
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(filling.first, torch.Tensor):
+                write_one_column(stored, new, filling.first, filling)
+            else:
+                columns = stored[..., filling.first : filling.last, :]
+                columns.copy_(
+                    new if filling.fresh is None else torch.where(filling.fresh[:, None, :, None], new, columns)
+                )
+        return self.keys[..., : filling.last, :], self.values[..., : filling.last, :]
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """The number of latent columns that unpadded rows have filled."""
+        return 0 if self.level is None else self.level.grid.opened(self.level.column, self.level.grid.phase(0))
+
+    def reset(self) -> None:
+        """Forgets every state and keeps the tensors."""
+        if self.level is not None:
+            self.keys.zero_()
+            self.values.zero_()
+            if self.owns_level:
+                self.level.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        if self.level is None:
+            return
+
+        def change(states: torch.Tensor) -> torch.Tensor:
+            return states.index_select(0, beam_idx.to(states.device))
+
+        if self.owns_level:
+            self.level.map_rows(change)
+        self.keys, self.values = change(self.keys), change(self.values)
+
+
 def forget(layer: DynamicLayer) -> None:
     """Drops a layer's keys and values, and with them its number of rows; `reset` of transformers 5.17 zeroes them."""
     layer.keys = layer.values = None
@@ -295,9 +516,12 @@ def bind_levels(
 ) -> list[Level]:
     """The levels that `cache` holds, one per iteration, made ready where the cache is new.
 
+    Args:
+        inputs_embeds: `(B, S, D)` what is about to be fed.
+
     Raises:
         `ValueError`: for a cache that holds no latents, belongs to another schedule or batch, is quantised or
-            offloaded, or was left half cropped by an error.
+            offloaded, is full, or was left half cropped by an error.
     """
     if not grids:
         if not cache.is_compileable and cache.get_seq_length() == 0:
@@ -312,26 +536,30 @@ def bind_levels(
     if cache.offloading:
         raise ValueError(f"{expected}, but got an offloaded cache: latents are few, keep them on the device.")
 
-    owners = [layers[config.num_prelude_layers + t * config.num_core_layers] for t in range(len(grids))]
-    if all(owner.level is None or owner.level.seen == 0 for owner in owners) and holds_nothing(layers[0]):
-        restart(cache)
-        head_dim = config.hidden_size // config.num_attention_heads
-        empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], config.num_attention_heads, 0, head_dim)
-        for iteration, (owner, grid) in enumerate(zip(owners, grids, strict=True)):
-            first = config.num_prelude_layers + iteration * config.num_core_layers
-            for layer in layers[first : first + config.num_core_layers]:
-                layer.attend(grid, owner, empty)
-        return [owner.level for owner in owners]
+    first, count = config.num_prelude_layers, config.num_core_layers
+    cores = [layers[first + t * count : first + (t + 1) * count] for t in range(len(grids))]
+    if all(core[0].level is None or core[0].level.seen == 0 for core in cores) and holds_nothing(layers[0]):
+        if not cache.is_compileable:
+            restart(cache)
+        heads = config.num_attention_heads
+        empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], heads, 0, config.hidden_size // heads)
+        for core, grid in zip(cores, grids, strict=True):
+            for layer in core:
+                layer.attend(grid, core[0], empty)
+    levels = [core[0].level for core in cores]
 
-    levels = [owner.level for owner in owners]
     if [None if level is None else level.grid for level in levels] != grids:
         raise ValueError(f"{expected}, but got one built for other chunk sizes, offsets or shifts.")
-    seen = [level.seen for level in levels]
-    if set(seen) != {cache.get_seq_length()}:
-        raise ValueError(f"{expected} and whole, but its levels hold {seen} of {cache.get_seq_length()} tokens.")
-    rows = levels[0].tokens.shape[0]
-    if rows != inputs_embeds.shape[0]:
-        raise ValueError(f"`past_key_values` holds {rows} rows, but the input has {inputs_embeds.shape[0]}.")
+    if levels[0].seen and levels[0].rows != inputs_embeds.shape[0]:
+        raise ValueError(f"`past_key_values` holds {levels[0].rows} rows, but the input has {inputs_embeds.shape[0]}.")
+    if cache.is_compileable:
+        held, size = levels[0].seen + inputs_embeds.shape[1], levels[0].max_tokens
+        if held > size:
+            raise ValueError(f"`past_key_values` is a static cache of max_cache_len {size}, but got token {held}.")
+    else:
+        seen = [level.seen for level in levels]
+        if set(seen) != {cache.get_seq_length()}:
+            raise ValueError(f"{expected} and whole, but its levels hold {seen} of {cache.get_seq_length()} tokens.")
     return levels
 
 
@@ -365,4 +593,4 @@ class SlotView:
         return self.filling.last, 0
 
 
-__all__ = ["Level", "SlotView", "SpiralFormerLatentLayer", "bind_levels"]
+__all__ = ["Level", "SlotView", "SpiralFormerLatentLayer", "SpiralFormerStaticLatentLayer", "bind_levels"]

@@ -55,12 +55,13 @@ class Filling:
         rows: `(R,)` the rows of the batch that run, or None for all of them.
         position_ids: `(R or 1, K)` chunk index of each latent, its rotary position.
         member_columns: `(R, K, G)` batch column of each member, or the int column of the first member of `first`.
+            A one-token step of a static cache has `first` as a 0-dim tensor and `last` as the size of its store.
         present: `(R or 1, K, G)` True where that member is a token of the row; None where all are.
         valid: `(R, last)` True where a latent column is filled in that row; None where all are.
         fresh: `(R, K)` True where this call fills that pair; None where it fills all.
     """
 
-    first: int
+    first: int | torch.Tensor
     last: int
     position_ids: torch.Tensor
     member_columns: torch.Tensor | int

@@ -340,7 +340,15 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             real; the number of past columns.
         """
         batch, length = inputs_embeds.shape[:2]
-        past = 0 if cache is None else cache.get_seq_length()
+        if cache is None:
+            past = 0
+        elif levels:
+            past = levels[0].seen
+        else:
+            past = cache.get_seq_length()
+            if isinstance(past, torch.Tensor):  # a static cache of a plain GPT-NeoX stack: nothing to keep track of
+                padding = None if attention_mask is None else LeftPadding(read_left_padding(attention_mask))
+                return padding, attention_mask, past
         known = levels[0].padding if levels and past else None
         settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
         if attention_mask is not None:
@@ -348,7 +356,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if any(level.right_padded for level in levels):
             raise ValueError("`past_key_values` holds right-padded rows: nothing can be appended to them. Pad left.")
         if attention_mask is None or (settled and length == 1):
-            return known, None if known is None else known.real_columns(past + length), past
+            columns = (
+                cache.layers[-1].get_max_length() if cache is not None and cache.is_compileable else past + length
+            )
+            return known, None if known is None else known.real_columns(columns), past
         if is_torchdynamo_compiling():
             return LeftPadding(read_left_padding(attention_mask)), attention_mask, past
 

@@ -1,0 +1,370 @@
+"""The multi-resolution cache: random histories, padding, work done, bytes held, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from histories import History
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support import model_options, pad_rows, random_ids, small_config, small_model
+from transformers import DynamicCache, StaticCache
+
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Hypothesis chooses a model, ragged rows and the operations; `History` compares with the uncached forward."""
+
+    @initialize(
+        options=model_options(), pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), record=st.booleans()
+    )
+    def start(self, options, pads, record):
+        self.history = History(options, pads)
+        if record:
+            self.history.record()
+
+    @rule(count=st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17]), with_mask=st.booleans())
+    def feed(self, count, with_mask):
+        self.history.feed(count, with_mask)
+
+    @rule()
+    def record(self):
+        self.history.record()
+
+    @rule(data=st.data())
+    def crop(self, data):
+        self.history.crop(data.draw(st.integers(0, min(self.history.columns, 20))))
+
+    @rule(data=st.data())
+    def reorder(self, data):
+        rows = len(self.history.pads)
+        self.history.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+
+    @rule(data=st.data())
+    def select(self, data):
+        rows = len(self.history.pads)
+        self.history.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
+
+    @precondition(lambda self: len(self.history.pads) <= 3)
+    @rule(times=st.integers(1, 2))
+    def repeat(self, times):
+        self.history.repeat(times)
+
+    @rule()
+    def reset(self):
+        self.history.reset()
+
+    @rule()
+    def deepcopy(self):
+        self.history.copy()
+
+    def teardown(self):
+        if hasattr(self, "history"):
+            self.history.feed(3)
+
+
+TestCache = CacheMachine.TestCase
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_sizes": [8, 4, 2, 1]},
+        {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [11, 4], "topology": "anchor"},
+    ],
+)
+def test_token_by_token_decoding_of_padded_rows(options):
+    """Every padding from 0 to 2 max(g), all in one batch, one token at a time from the very first column."""
+    model, size = small_model(**options), max(options["chunk_sizes"])
+    row = random_ids(1, 3 * size + 2 * size)[0]
+    with torch.no_grad():
+        alone = model(row[None], use_cache=False).logits[0]
+        ids, mask = pad_rows([row[: len(row) - pads] for pads in range(2 * size + 1)], "left")
+        cache = DynamicCache(config=model.config)
+        steps = []
+        for column in range(len(row)):
+            step = model(ids[:, column : column + 1], attention_mask=mask[:, : column + 1], past_key_values=cache)
+            steps.append(step.logits[:, 0])
+    for pads in range(2 * size + 1):
+        decoded = torch.stack([steps[column][pads] for column in range(pads, len(row))])
+        assert (decoded - alone[: len(row) - pads]).abs().max() < 1e-9, pads
+
+
+# -- what a decode step costs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pads", [[0], [0, 0, 0], [0, 3, 7, 8, 14]])
+@pytest.mark.parametrize("offsets", [None, [0, 0, 0, 0]])
+def test_the_core_runs_where_a_chunk_fills_and_nowhere_else(pads, offsets):
+    model = small_model(chunk_sizes=[8, 4, 2, 1], chunk_offsets=offsets, num_core_layers=1)
+    passes = []  # (iteration, rows) of every pass of the core
+
+    def count(module, args, kwargs):
+        passes.append((kwargs["layer_past"].slot_offset, args[0].shape[0], args[0].shape[1]))
+
+    prompt = max(pads) + 5
+    ids = random_ids(len(pads), prompt + 256)
+    mask = (torch.arange(prompt + 256) >= torch.tensor(pads)[:, None]).long()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
+        model.model.core[0].register_forward_pre_hook(count, with_kwargs=True)
+        for column in range(prompt, prompt + 256):
+            passes.clear()
+            model(ids[:, [column]], attention_mask=mask[:, : column + 1], past_key_values=cache)
+            expected = []
+            for iteration, (size, offset) in enumerate(
+                zip([8, 4, 2, 1], model.config.resolved_chunk_offsets, strict=True)
+            ):
+                rows = sum((column - p + 1 + offset) % size == 0 for p in pads)
+                if rows:
+                    expected.append((iteration, rows, 1))
+            assert passes == expected, column
+
+
+def test_a_decode_step_never_waits_for_the_device():
+    """On the meta device any read of a value raises: .item(), .tolist(), `if tensor`, nonzero, boolean indexing."""
+    with torch.device("meta"):
+        model = SpiralFormerForCausalLM(small_config(chunk_sizes=[8, 4, 2, 1])).eval()
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(2, 40, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(32):
+            logits = model(ids[:, :1], past_key_values=cache).logits
+        assert logits.shape == (2, 1, 61) and cache.get_seq_length() == 72
+        with pytest.raises((RuntimeError, NotImplementedError)):  # the check can fail: meta tensors do refuse
+            cache.layers[1].level.tokens.sum().item()
+
+
+def states_of(cache) -> list[torch.Tensor]:
+    """Every state tensor that a cache holds, once."""
+    layers = cache.layers
+    states = [state for layer in layers for state in (layer.keys, layer.values)]
+    for layer in layers:
+        if getattr(layer, "owns_level", False):
+            states += [state for state in (layer.level.tokens, layer.level.latents) if state is not None]
+    return states
+
+
+@pytest.mark.parametrize("name", ["spiralformer-b-mesh-160m", "spiralformer-l-mesh-160m"])
+def test_bytes_held_follow_the_formula(name):
+    config = SpiralFormerConfig.from_pretrained(f"configuration/{name}")
+    with torch.device("meta"):
+        model = SpiralFormerForCausalLM(config).eval()
+        cache = DynamicCache(config=config)
+        with torch.no_grad():
+            model(torch.zeros(1, 2048, dtype=torch.long), past_key_values=cache)
+    held = sum(state.numel() * state.element_size() for state in states_of(cache))
+    layers = config.num_prelude_layers + config.num_coda_layers
+    layers += config.num_core_layers * sum(1 / g for g in config.chunk_sizes)
+    formula = 2048 * 2 * config.hidden_size * 4 * layers
+    assert abs(held / formula - 1) < 0.02
+    extra = sum(
+        state.shape[1]
+        for layer in cache.layers
+        if getattr(layer, "owns_level", False)
+        for state in (layer.level.tokens, layer.level.latents)
+    )
+    shifts = config.resolved_causal_shifts
+    assert extra <= sum(g + 1 - (-(s - g + 1) // g) for g, s in zip(config.chunk_sizes, shifts, strict=True))
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [3, 10]])
+def test_state_between_calls_stays_small(pads):
+    """At most g + 1 + ceil((s - g + 1) / g) states a level and row; and no state keeps a longer tensor alive."""
+    options = {"chunk_sizes": [8, 5, 1], "causal_shifts": [7, 11, 3]}
+    history = History(options, pads)
+    for count in (40, 1, 1, 1, 1, 9, 1, 1, 1, 1, 1, 1):
+        history.feed(count)
+        for layer in history.cache.layers:
+            if getattr(layer, "owns_level", False):
+                grid, level = layer.level.grid, layer.level
+                kept = [state for state in (level.tokens, level.latents) if state is not None]
+                assert sum(state.shape[1] for state in kept) <= grid.size + 1 - (
+                    -(grid.shift - grid.size + 1) // grid.size
+                )
+                for state in kept:
+                    assert state.untyped_storage().nbytes() <= state.numel() * state.element_size()
+
+
+# -- rollback -----------------------------------------------------------------------------------------------------
+
+
+def test_crop_goes_back_over_everything_recorded():
+    for count in range(1, 26):
+        history = History({"chunk_sizes": [8, 3, 1]}, [0, 5])
+        history.feed(20)
+        history.record()
+        history.feed(25)
+        history.crop(count)
+        assert history.columns == 45 - count, "refused a recorded point"
+        history.feed(9)
+
+
+def test_crop_deeper_than_the_cache_covers_is_refused():
+    model = small_model(chunk_sizes=[8, 1])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_ids(1, 30), past_key_values=cache)
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        copy.deepcopy(cache).crop(-12)
+    with pytest.raises(ValueError, match="positive value"):
+        cache.crop(5)
+    half_cropped = copy.deepcopy(cache)
+    with pytest.raises(ValueError):
+        half_cropped.crop(-12)
+    with pytest.raises(ValueError, match="whole"):
+        model(random_ids(1, 1), past_key_values=half_cropped)
+
+
+def test_crop_of_nothing_drops_what_was_recorded():
+    history = History({"chunk_sizes": [8, 1]}, [0])
+    history.record()
+    history.feed(50)
+    level = history.cache.layers[1].level
+    assert level.tokens.shape[1] == 50
+    history.crop(0)
+    assert history.cache.layers[1].level.tokens.shape[1] < 8
+    history.feed(4)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_caches_of_another_kind_are_refused():
+    model, ids = small_model(dtype=torch.float32), random_ids(2, 9)
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(ids, past_key_values=DynamicCache(config=small_config(chunk_sizes=[4, 1])))
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    other = small_model(dtype=torch.float32, chunk_sizes=[8, 2, 1])
+    with pytest.raises(ValueError, match="other chunk sizes"):
+        other(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="2 rows"):
+        model(ids[:1, :1], past_key_values=cache)
+
+
+def test_a_prefix_without_latents_is_refused():
+    """What prefix tuning hands over: keys and values that no token made."""
+    model = small_model(dtype=torch.float32)
+    prefix = DynamicCache([(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8))] * model.config.num_hidden_layers)
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(random_ids(1, 3), past_key_values=prefix, attention_mask=torch.ones(1, 7))
+
+
+def test_quantised_and_offloaded_caches_are_refused():
+    model = small_model(dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True  # building one needs a GPU
+    with pytest.raises(ValueError, match="offloaded"):
+        model(random_ids(1, 3), past_key_values=cache)
+    with pytest.raises((ValueError, ImportError), match="(?i)quant"):
+        model.generate(random_ids(1, 3), max_new_tokens=2, cache_implementation="quantized")
+
+
+def test_appending_to_right_padded_rows_is_refused():
+    model = small_model(dtype=torch.float32)
+    ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 6)[0]], "right")
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="right-padded"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], "columns of padding"),  # a pad turned into a token
+        ([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], "columns of padding"),  # a token turned into a pad
+        ([[1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]], "holes"),
+        ([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]], "newest token"),
+        ([[1, 1], [1, 1]], "shape"),
+    ],
+)
+def test_masks_that_contradict_the_cache_are_refused(mask, message):
+    model = small_model(dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    model(random_ids(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(2, 2), attention_mask=torch.tensor(mask), past_key_values=cache)
+
+
+# -- static cache -------------------------------------------------------------------------------------------------
+
+STATIC = {
+    "powers of two": {"chunk_sizes": [8, 4, 2, 1]},
+    "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
+    "no prelude": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0, "share_core": False},
+    "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+}
+static = pytest.mark.parametrize("options", STATIC.values(), ids=STATIC.keys())
+
+
+@static
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("calls", [[1] * 40, [19] + [1] * 21, [3, 1, 1, 9, 1, 1, 1, 19, 1, 1, 1, 1]])
+def test_static_cache_gives_the_same_logits(options, padded, calls):
+    model = small_model(**options)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in ((40, 31, 22, 37) if padded else (40,) * 3)], "left")
+    cache, start = StaticCache(config=model.config, max_cache_len=43), 0
+    with torch.no_grad():
+        for repetition in range(2):
+            full = model(ids, attention_mask=mask, use_cache=False).logits
+            for count in calls:
+                end = start + count
+                step = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                difference = (step - full[:, start:end])[mask[:, start:end].bool()].abs()
+                assert not len(difference) or difference.max() < 1e-9, (start, repetition)
+                start = end
+            cache.reset()
+            start = 0
+
+
+@static
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generate_with_a_static_cache(options, beams):
+    model = small_model(**options)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (19, 14)], "left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 20, "num_beams": beams, "eos_token_id": None}
+    inputs |= {"do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, use_cache=False)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static"), expected)
+
+
+def test_a_full_static_cache_says_so():
+    model = small_model(dtype=torch.float32)
+    cache = StaticCache(config=model.config, max_cache_len=6)
+    with pytest.raises(ValueError, match="max_cache_len 6"):
+        model(random_ids(1, 7), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("sizes", "patterns"), [([4, 2, 1], 3), ([8, 4, 2], 4)])
+def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns):
+    """fullgraph; the first graph is of a fixed length and never met again, then one for each pattern of levels."""
+    torch._dynamo.reset()
+    model = small_model(dtype=torch.float32, chunk_sizes=sizes, num_core_layers=1)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+    period, ids = max(sizes), random_ids(1, 64)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model(ids[:, :11], past_key_values=cache)
+        for column in range(11, 64):
+            positions = torch.tensor([[column]])
+            mask = torch.ones(1, column + 1, dtype=torch.long)
+            step = compiled(
+                ids[:, column : column + 1].clone(), attention_mask=mask, position_ids=positions, past_key_values=cache
+            )
+            assert (step.logits[:, 0] - expected[:, column]).abs().max() < 1e-4, column
+            if column == 11 + period:
+                after_one_period = len(graphs)
+    assert len(graphs) == after_one_period <= patterns + 1 <= 8
