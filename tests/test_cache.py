@@ -12,9 +12,11 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
+COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17, 0])  # tokens fed after an operation; 0 chains two operations
+
 
 class CacheMachine(RuleBasedStateMachine):
-    """Hypothesis chooses a model, ragged rows and the operations; `History` compares with the uncached forward."""
+    """Hypothesis chooses a model, ragged rows and operations, each followed by tokens that `History` compares."""
 
     @initialize(
         options=model_options(), pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), record=st.booleans()
@@ -24,44 +26,56 @@ class CacheMachine(RuleBasedStateMachine):
         if record:
             self.history.record()
 
-    @rule(count=st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17]), with_mask=st.booleans())
-    def feed(self, count, with_mask):
+    def feed(self, count):
+        if count:
+            self.history.feed(count)
+
+    @rule(count=st.integers(1, 20), with_mask=st.booleans())
+    def prefill(self, count, with_mask):
         self.history.feed(count, with_mask)
 
-    @rule()
-    def record(self):
+    @rule(count=st.integers(1, 6), with_mask=st.booleans())
+    def decode(self, count, with_mask):
+        for _ in range(count):
+            self.history.feed(1, with_mask)
+
+    @rule(count=COUNTS)
+    def record(self, count):
         self.history.record()
+        self.feed(count)
 
-    @rule(data=st.data())
-    def crop(self, data):
+    @rule(data=st.data(), count=COUNTS)
+    def crop(self, data, count):
         self.history.crop(data.draw(st.integers(0, min(self.history.columns, 20))))
+        self.feed(count)
 
-    @rule(data=st.data())
-    def reorder(self, data):
+    @rule(data=st.data(), count=COUNTS)
+    def reorder(self, data, count):
         rows = len(self.history.pads)
         self.history.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+        self.feed(count)
 
-    @rule(data=st.data())
-    def select(self, data):
+    @rule(data=st.data(), count=COUNTS)
+    def select(self, data, count):
         rows = len(self.history.pads)
         self.history.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
+        self.feed(count)
 
     @precondition(lambda self: len(self.history.pads) <= 3)
-    @rule(times=st.integers(1, 2))
-    def repeat(self, times):
+    @rule(times=st.integers(1, 2), count=COUNTS)
+    def repeat(self, times, count):
         self.history.repeat(times)
+        self.feed(count)
 
-    @rule()
-    def reset(self):
+    @rule(count=COUNTS)
+    def reset(self, count):
         self.history.reset()
+        self.feed(count)
 
-    @rule()
-    def deepcopy(self):
+    @rule(count=COUNTS)
+    def deepcopy(self, count):
         self.history.copy()
-
-    def teardown(self):
-        if hasattr(self, "history"):
-            self.history.feed(3)
+        self.feed(count)
 
 
 TestCache = CacheMachine.TestCase

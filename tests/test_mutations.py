@@ -1,0 +1,199 @@
+"""The cache tests must be able to fail: deliberate bugs, each of which a random history has to catch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from histories import random_history
+
+from modeling_spiralformer import cache_spiralformer
+from modeling_spiralformer.cache_spiralformer import Level, SpiralFormerLatentLayer, write_columns
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid, LeftPadding
+from modeling_spiralformer.modeling_spiralformer import SpiralFormerModel
+
+MODELS = (
+    {"chunk_sizes": [4, 2, 1], "num_core_layers": 1},
+    {"chunk_sizes": [5, 3], "num_core_layers": 2, "topology": "anchor", "causal_shifts": [6, 9]},
+    {"chunk_sizes": [3], "num_core_layers": 1, "chunk_offsets": [2], "topology": "residual"},
+)
+HISTORIES = 60
+
+
+def run_histories() -> None:
+    for seed in range(HISTORIES):
+        random_history(MODELS[seed % len(MODELS)], seed)
+
+
+def no_operation(self, *args) -> None:
+    """Does nothing at all."""
+
+
+def keys_and_values_only(operation: str):
+    """The layer's operation without its level: what a cache that knows only keys and values does."""
+    changes = {
+        "reorder_cache": lambda rows: lambda states: states.index_select(0, rows),
+        "batch_select_indices": lambda rows: lambda states: states[rows],
+        "batch_repeat_interleave": lambda times: lambda states: states.repeat_interleave(times, dim=0),
+    }
+
+    def operate(self, argument):
+        if self.level is not None:
+            change = changes[operation](argument)
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    return operate
+
+
+def crop_of_keys_and_values_only(self, tokens_to_remove):
+    if self.level is not None:
+        if self.owns_level:
+            self.level.seen += int(tokens_to_remove)
+        columns = self.get_seq_length()
+        self.keys, self.values = self.keys[..., :columns, :], self.values[..., :columns, :]
+
+
+def changed_filling(change):
+    """`ChunkGrid.filling` with its result changed by `change(filling)`."""
+    original = ChunkGrid.filling
+
+    def filling(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return None if result is None else change(result)
+
+    return filling
+
+
+def open_chunk_not_rolled_back(self, tokens_to_remove):
+    newest = self.tokens
+    ORIGINAL["crop"](self, tokens_to_remove)
+    self.tokens = newest[:, newest.shape[1] - self.tokens.shape[1] :]
+
+
+def latents_not_rolled_back(self, tokens_to_remove):
+    newest = self.latents
+    ORIGINAL["crop"](self, tokens_to_remove)
+    if newest is not None:
+        self.latents = newest[:, newest.shape[1] - self.latents.shape[1] :]
+
+
+def stale_output(self, latents, filling):
+    """The tokens go on reading the chunk before the one that filled last."""
+    before = self.latents
+    ORIGINAL["store"](self, latents, filling)
+    if before is not None and before.shape[1] and self.latents.shape[1] > before.shape[1]:
+        self.latents = torch.cat([self.latents[:, :-1], before[:, -1:]], dim=1)
+
+
+def rows_change_only_after_the_first_filling(self, change):
+    if self.latents is not None:
+        ORIGINAL["map_rows"](self, change)
+
+
+def padding_is_not_changed_with_the_rows(self, change):
+    padding = self.padding
+    ORIGINAL["map_rows"](self, change)
+    if padding is not None and len(padding.columns) == self.tokens.shape[0]:
+        self.padding = padding
+
+
+def padding_counted_as_tokens(self, states):
+    self.padding = None
+    return ORIGINAL["feed"](self, states)
+
+
+def one_phase_for_all_rows(self, *args, **kwargs):
+    padding, mask, past = ORIGINAL["_read_mask"](self, *args, **kwargs)
+    if padding is not None and past:
+        padding = LeftPadding(padding.columns[:1].expand(len(padding.columns)))
+    return padding, mask, past
+
+
+def trimmed_one_token_too_many(self, columns, padding):
+    return max(0, ORIGINAL["open_tokens"](self, columns, padding) - 1)
+
+
+def filled_columns_written_again(stored, new, filling, origin=0):
+    if filling.fresh is not None:
+        filling = replace(filling, fresh=torch.ones_like(filling.fresh))
+    return write_columns(stored, new, filling, origin)
+
+
+ORIGINAL = {
+    "crop": Level.crop,
+    "store": Level.store,
+    "map_rows": Level.map_rows,
+    "feed": Level.feed,
+    "_read_mask": SpiralFormerModel._read_mask,
+    "open_tokens": ChunkGrid.open_tokens,
+    "read_position": ChunkGrid.read_position,
+    "attend": SpiralFormerLatentLayer.attend,
+}
+
+MUTATIONS = {
+    "reorder does nothing": (SpiralFormerLatentLayer, "reorder_cache", no_operation),
+    "reorder of keys and values only": (
+        SpiralFormerLatentLayer,
+        "reorder_cache",
+        keys_and_values_only("reorder_cache"),
+    ),
+    "select does nothing": (SpiralFormerLatentLayer, "batch_select_indices", no_operation),
+    "select of keys and values only": (
+        SpiralFormerLatentLayer,
+        "batch_select_indices",
+        keys_and_values_only("batch_select_indices"),
+    ),
+    "repeat does nothing": (SpiralFormerLatentLayer, "batch_repeat_interleave", no_operation),
+    "repeat of keys and values only": (
+        SpiralFormerLatentLayer,
+        "batch_repeat_interleave",
+        keys_and_values_only("batch_repeat_interleave"),
+    ),
+    "crop does nothing": (SpiralFormerLatentLayer, "crop", no_operation),
+    "crop of keys and values only": (SpiralFormerLatentLayer, "crop", crop_of_keys_and_values_only),
+    "open chunk not rolled back": (Level, "crop", open_chunk_not_rolled_back),
+    "latents not rolled back": (Level, "crop", latents_not_rolled_back),
+    "reset does nothing": (SpiralFormerLatentLayer, "reset", no_operation),
+    "one phase for all rows": (SpiralFormerModel, "_read_mask", one_phase_for_all_rows),
+    "padding does not follow the rows": (Level, "map_rows", padding_is_not_changed_with_the_rows),
+    "padding counted as tokens": (Level, "feed", padding_counted_as_tokens),
+    "missing members of the first chunk counted": (
+        ChunkGrid,
+        "filling",
+        changed_filling(lambda filling: replace(filling, present=None)),
+    ),
+    "stale output": (Level, "store", stale_output),
+    "shift off by one": (
+        ChunkGrid,
+        "read_position",
+        lambda self, column, phase: ORIGINAL["read_position"](self, column + 1, phase),
+    ),
+    "rotary position of latents counts from the call": (
+        ChunkGrid,
+        "filling",
+        changed_filling(lambda f: replace(f, position_ids=(f.position_ids - f.first).clamp(min=0))),
+    ),
+    "no mask over unfilled latents": (
+        ChunkGrid,
+        "filling",
+        changed_filling(lambda filling: replace(filling, valid=None)),
+    ),
+    "rows change only after the first filling": (Level, "map_rows", rows_change_only_after_the_first_filling),
+    "one state of the open chunk lost": (ChunkGrid, "open_tokens", trimmed_one_token_too_many),
+    "filled columns written again": (
+        cache_spiralformer,
+        "write_columns",
+        filled_columns_written_again,
+    ),
+}
+
+
+def test_without_a_bug_every_history_passes():
+    run_histories()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_a_deliberate_bug_is_caught(mutation, monkeypatch):
+    """Caught: logits that differ, or an operation that breaks; an error of the mutation's own does not count."""
+    monkeypatch.setattr(*mutation)
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
+        run_histories()
