@@ -210,6 +210,7 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     def validate_rotary(self):
         """The rotary embedding: a type whose angles are fixed, on an even number of dimensions of each head."""
+        self.convert_rope_params_to_dict()  # an override at `from_pretrained` comes without the defaults
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ROPE_TYPES:
             refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")

@@ -1,0 +1,105 @@
+"""Prints parameters and prefill FLOPs of every published model beside the figures of Table 1 (arXiv 2602.11698)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from make_configurations import published_config
+from published import PUBLISHED_MODELS, PublishedModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HfArgumentParser
+
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+
+PREFILL_TOKENS = 4096
+
+
+@dataclass
+class TableArguments:
+    """How to print."""
+
+    markdown: bool = field(default=False, metadata={"help": "Print a Markdown table instead of plain columns."})
+
+
+@dataclass
+class Measurement:
+    """Counted figures of one model: parameters, and floating-point operations of a prefill (2 per multiply-add)."""
+
+    parameters: int
+    non_embedding: int
+    flops: int
+
+
+def measure(config: SpiralFormerConfig) -> Measurement:
+    """
+    Counts on the meta device, so that no size costs memory or time.
+
+    The FLOPs are those of a forward over 4096 tokens with logits for all of them. Attention counts the whole square
+    of queries and keys, as the paper's figures do: eager attention computes it, masked or not.
+    """
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = SpiralFormerForCausalLM(config).eval()
+        input_ids = torch.zeros(1, PREFILL_TOKENS, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, use_cache=False)
+    embeddings = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Measurement(parameters, parameters - embeddings, counter.get_total_flops())
+
+
+def schedule(model: PublishedModel) -> str:
+    """The layers in the paper's notation, such as 2+4x{1/8,1/4,1/2,1}+2."""
+    prelude, core, coda = model.layers
+    if not model.chunk_sizes:
+        return str(prelude)
+    if not model.share_core:
+        return "+".join(str(count) for count in (prelude, *[core] * len(model.chunk_sizes), coda))
+    resolutions = ",".join("1" if size == 1 else f"1/{size}" for size in model.chunk_sizes)
+    return f"{prelude}+{core}x{{{resolutions}}}+{coda}"
+
+
+HEADER = ("model", "layers", "params", "paper", "non-emb.", "paper", "TFLOPs", "paper", "deviation")
+
+
+def table_row(model: PublishedModel, measured: Measurement) -> tuple[str, ...]:
+    """One line of the table: millions of parameters, 1e12 FLOPs, and by how much the FLOPs deviate."""
+    teraflops = measured.flops / 1e12
+    return (
+        model.name,
+        schedule(model),
+        f"{measured.parameters / 1e6:.1f}",
+        f"{model.parameters:.1f}",
+        f"{measured.non_embedding / 1e6:.1f}",
+        f"{model.non_embedding:.1f}",
+        f"{teraflops:.2f}",
+        f"{model.teraflops:.2f}",
+        f"{teraflops / model.teraflops - 1:+.1%}",
+    )
+
+
+def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
+    """Text columns to the left, figures to the right."""
+    if markdown:
+        lines = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2)), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [HEADER, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def main(arguments: TableArguments):
+    rows = [table_row(model, measure(published_config(model))) for model in PUBLISHED_MODELS]
+    print(format_table(rows, arguments.markdown))
+    if not arguments.markdown:
+        print(f"\nMillions of parameters; 1e12 FLOPs of a {PREFILL_TOKENS}-token prefill, attention over the full square.")
+        print("The paper's totals hold 2 * hidden_size^2 more in every row than its own description accounts for.")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(TableArguments).parse_args_into_dataclasses())

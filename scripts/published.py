@@ -1,0 +1,67 @@
+"""The 22 models of Table 1 of arXiv 2602.11698: their schedules, and the figures that the paper gives for them."""
+
+from dataclasses import dataclass
+
+SPIRAL_B = (8, 4, 2, 1)
+SPIRAL_L = (16, 8, 4, 2)
+LOOPED = (1, 1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Width and heads that all models of one scale share."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+
+SCALES = {"160m": Scale(768, 12), "410m": Scale(1024, 16), "1b": Scale(2048, 8), "1.4b": Scale(2048, 16)}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """
+    One row of Table 1. `layers` are (prelude, core, coda); parameters in millions; `teraflops` are 1e12 floating-point
+    operations of a 4096-token prefill. `topology` is None for a plain stack.
+    """
+
+    family: str
+    scale: str
+    topology: str | None
+    layers: tuple[int, int, int]
+    chunk_sizes: tuple[int, ...]
+    parameters: float
+    non_embedding: float
+    teraflops: float
+    share_core: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its folder in `configuration/`: family, topology where there is one, scale."""
+        return "-".join(part for part in (self.family, self.topology, self.scale) if part)
+
+
+PUBLISHED_MODELS = (
+    PublishedModel("pythia", "160m", None, (12, 0, 0), (), 163.5, 85.1, 1.65),
+    PublishedModel("looped", "160m", "anchor", (2, 4, 2), LOOPED, 135.2, 56.7, 1.65),
+    PublishedModel("looped", "160m", "mesh", (2, 4, 2), LOOPED, 135.2, 56.7, 1.65),
+    PublishedModel("spiralformer-b", "160m", "mesh", (2, 4, 2), SPIRAL_B, 135.2, 56.8, 1.48),
+    PublishedModel("spiralformer-l", "160m", "mesh", (4, 4, 4), SPIRAL_L, 163.6, 85.1, 1.49),
+    PublishedModel("pythia", "410m", None, (24, 0, 0), (), 407.4, 302.3, 4.59),
+    PublishedModel("looped", "410m", "anchor", (4, 8, 4), LOOPED, 306.7, 201.5, 4.59),
+    PublishedModel("looped", "410m", "mesh", (4, 8, 4), LOOPED, 306.7, 201.6, 4.59),
+    PublishedModel("spiralformer-b", "410m", "anchor", (4, 8, 4), SPIRAL_B, 306.7, 201.6, 4.10),
+    PublishedModel("spiralformer-b", "410m", "mesh", (4, 8, 4), SPIRAL_B, 306.8, 201.6, 4.11),
+    PublishedModel("spiralformer-l", "410m", "mesh", (8, 8, 8), SPIRAL_L, 407.5, 302.4, 4.16),
+    PublishedModel("pythia", "1b", None, (16, 0, 0), (), 1020.2, 805.7, 9.67),
+    PublishedModel("looped", "1b", "anchor", (3, 5, 3), LOOPED, 768.4, 553.9, 9.67),
+    PublishedModel("looped", "1b", "mesh", (3, 5, 3), LOOPED, 768.4, 554.0, 9.67),
+    PublishedModel("spiralformer-b", "1b", "mesh", (3, 5, 3), SPIRAL_B, 768.6, 554.1, 8.95),
+    PublishedModel("spiralformer-l", "1b", "mesh", (5, 6, 5), SPIRAL_L, 1020.4, 805.9, 8.96),
+    PublishedModel("pythia", "1.4b", None, (24, 0, 0), (), 1423.0, 1208.6, 14.08),
+    PublishedModel("pythia", "1.4b", "mesh", (4, 8, 4), LOOPED, 1423.1, 1208.7, 14.08, share_core=False),
+    PublishedModel("looped", "1.4b", "anchor", (4, 8, 4), LOOPED, 1020.2, 805.7, 14.08),
+    PublishedModel("looped", "1.4b", "mesh", (4, 8, 4), LOOPED, 1020.2, 805.8, 14.08),
+    PublishedModel("spiralformer-b", "1.4b", "mesh", (4, 8, 4), SPIRAL_B, 1020.4, 805.9, 12.92),
+    PublishedModel("spiralformer-l", "1.4b", "mesh", (8, 8, 8), SPIRAL_L, 1423.2, 1208.8, 13.13),
+)

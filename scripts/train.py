@@ -1,0 +1,145 @@
+"""Trains a causal language model with the library's own Trainer, and evaluates it in perplexity and bits per byte."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from checkpoints import check_tokenizer, load_config, load_model, parse_overrides
+from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments, parse_arguments
+from training_data import make_blocks, token_byte_lengths
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+
+logger = logging.getLogger(__name__)
+
+LARGEST_DEFAULT_BLOCK = 1024
+
+
+def choose_block_size(block_size: int | None, config: PreTrainedConfig) -> int:
+    """Tokens per example; a model is not trained on positions that it does not claim."""
+    longest = config.max_position_embeddings
+    if block_size is None:
+        return min(LARGEST_DEFAULT_BLOCK, longest)
+    if not 2 <= block_size <= longest:
+        raise ValueError(f"`block_size` must be in [2, max_position_embeddings = {longest}], but got {block_size}.")
+    return block_size
+
+
+def build_model(
+    arguments: ModelArguments, training: SpiralTrainingArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model (weights of the run to resume, else of the checkpoint named, else random) and its tokenizer."""
+    overrides = parse_overrides(arguments.config_overrides)
+    config = load_config(arguments.model_name_or_path or arguments.config_name, overrides)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+    check_tokenizer(tokenizer, config)
+    # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones.
+    checkpoint = training.resume_from_checkpoint or arguments.model_name_or_path
+    if checkpoint is not None:
+        return load_model(checkpoint, config), tokenizer
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+def make_compute_metrics(byte_lengths: np.ndarray | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    Perplexity, and bits per byte where the bytes of every token are known.
+
+    bits per byte = summed loss of the predicted tokens / ln 2 / UTF-8 bytes that these tokens stand for. The first
+    token of a block is not predicted and counts in neither sum. Special tokens count in the loss but have no bytes.
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        loss = float(np.mean(prediction.losses, dtype=np.float64))
+        # exp(710) overflows a float.
+        metrics = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if byte_lengths is not None:
+            predicted = prediction.label_ids[:, 1:]
+            metrics["bytes"] = int(byte_lengths[predicted].sum())
+            metrics["bits_per_byte"] = loss * predicted.size / math.log(2) / metrics["bytes"]
+        return metrics
+
+    return compute_metrics
+
+
+def drop_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Keeps Trainer from collecting all logits: the metrics need only losses and labels."""
+    return labels[:, :1]
+
+
+def set_up_logging(training: SpiralTrainingArguments):
+    level = logging.INFO if training.should_log else logging.WARNING
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for name in (__name__, "training_data"):
+        logging.getLogger(name).setLevel(level)
+
+
+def run_training(trainer: Trainer, training: SpiralTrainingArguments):
+    """Trains, then saves weights, tokenizer, figures and state to output_dir."""
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+def run_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Evaluates and saves the figures to output_dir."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def main(argv: list[str]) -> Trainer:
+    """Runs the job that the command line describes, and returns its Trainer with the log in `state.log_history`."""
+    model_arguments, data_arguments, training = parse_arguments(argv)
+    return run(model_arguments, data_arguments, training)
+
+
+def run(model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments) -> Trainer:
+    set_up_logging(training)
+    set_seed(training.seed)
+    model, tokenizer = build_model(model_arguments, training)
+    block_size = choose_block_size(data_arguments.block_size, model.config)
+    needed = ["train"] * training.do_train + ["validation"] * training.do_eval
+    with training.main_process_first(desc="tokenizing and packing"):
+        blocks = make_blocks(data_arguments, tokenizer, block_size, needed)
+    for split, data in blocks.items():
+        logger.info("%s: %d blocks of %d tokens", split, len(data), block_size)
+    byte_lengths = token_byte_lengths(tokenizer)
+    if byte_lengths is None:
+        logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=blocks.get("train"),
+        eval_dataset=blocks.get("validation"),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=make_compute_metrics(byte_lengths),
+        preprocess_logits_for_metrics=drop_logits,
+    )
+    if training.do_train:
+        run_training(trainer, training)
+    if training.do_eval:
+        run_evaluation(trainer)
+    if training.should_save:
+        logger.info("written to %s", Path(training.output_dir).resolve())
+    return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,185 @@
+"""The configuration: every field checked, JSON round trip, nothing derived is stored, overrides on loading."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from support import random_ids, small_config, small_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+
+
+def test_defaults_are_the_160m_spiralformer_b():
+    config = SpiralFormerConfig()
+    assert config.chunk_sizes == [8, 4, 2, 1] and config.resolved_chunk_offsets == [4, 2, 1, 0]
+    assert config.resolved_causal_shifts == [7, 3, 1, 0] and config.resolved_num_memory_slots == 7
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (768, 12, 3072)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    assert config.keys_to_ignore_at_inference == ["past_key_values"]
+
+
+def test_derived_values_follow_the_schedule_and_cannot_be_set():
+    config = small_config(num_prelude_layers=2, num_core_layers=3, num_coda_layers=1, chunk_sizes=[4, 2])
+    assert config.num_hidden_layers == len(config.layer_types) == 2 + 2 * 3 + 1
+    assert config.layer_types[0] == config.layer_types[-1] == "full_attention"
+    assert len(set(config.layer_types[2:8])) == 1 and "full_attention" not in config.layer_types[2:8]
+    for field, value in (("num_hidden_layers", 4), ("layer_types", ["full_attention"])):
+        with pytest.raises(ValueError, match=field):
+            setattr(config, field, value)
+        with pytest.raises(ValueError, match=field):
+            small_config(**{field: value})
+
+
+def test_json_round_trip_keeps_none_and_stores_nothing_derived(tmp_path):
+    config = small_config(chunk_sizes=[5, 3], causal_shifts=[6, 9])
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "num_hidden_layers" not in stored and "layer_types" not in stored
+    assert stored["chunk_offsets"] is None and stored["num_memory_slots"] is None
+    assert stored["causal_shifts"] == [6, 9]
+    again = SpiralFormerConfig.from_pretrained(tmp_path)
+    assert again.to_diff_dict() == config.to_diff_dict() and isinstance(again, SpiralFormerConfig)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), SpiralFormerConfig)
+    assert copy.deepcopy(config).to_dict() == pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+def test_tuples_become_lists():
+    assert small_config(chunk_sizes=(4, 1), chunk_offsets=(0, 0)).to_dict()["chunk_offsets"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        ({"vocab_size": 0}, "vocab_size", "0"),
+        ({"hidden_size": 15}, "hidden_size", "15"),
+        ({"hidden_size": "16"}, "hidden_size", "16"),
+        ({"num_attention_heads": -2}, "num_attention_heads", "-2"),
+        ({"num_prelude_layers": -1}, "num_prelude_layers", "-1"),
+        ({"num_prelude_layers": 0}, "num_prelude_layers", "0"),  # the schedule starts coarse
+        ({"num_core_layers": 0}, "num_core_layers", "0"),
+        ({"chunk_sizes": []}, "num_core_layers", "2"),
+        ({"chunk_sizes": [4, 0]}, "chunk_sizes", "0"),
+        ({"chunk_sizes": [4, 1.5]}, "chunk_sizes", "1.5"),
+        ({"chunk_sizes": "421"}, "chunk_sizes", "421"),
+        ({"chunk_offsets": [4, 0, 0]}, "chunk_offsets", "4"),
+        ({"chunk_offsets": [-1, 0, 0]}, "chunk_offsets", "-1"),
+        ({"chunk_offsets": [0]}, "chunk_offsets", "0"),
+        ({"causal_shifts": [2, 1, 0]}, "causal_shifts", "2"),
+        ({"causal_shifts": [3, 1]}, "causal_shifts", "3"),
+        ({"down_scaling": "max"}, "down_scaling", "max"),
+        ({"up_scaling": "copy"}, "up_scaling", "copy"),
+        ({"topology": "ring"}, "topology", "ring"),
+        ({"num_memory_slots": 0}, "num_memory_slots", "0"),
+        ({"num_memory_slots": 4, "topology": "anchor"}, "num_memory_slots", "4"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type", "dynamic"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "partial_rotary_factor", "0.1"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout", "1.0"),
+        ({"initializer_range": 0.0}, "initializer_range", "0.0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings", "0"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(options, field, value):
+    with pytest.raises(StrictDataclassError) as error:
+        small_config(**options)
+    assert field in str(error.value) and value in str(error.value)
+
+
+def test_rotary_quarter_survives_parameters_that_do_not_name_it():
+    assert small_config(rope_parameters={"rope_theta": 500.0}).rope_parameters["partial_rotary_factor"] == 0.25
+
+
+def test_empty_schedule_builds_no_topology():
+    model = small_model(chunk_sizes=[], num_core_layers=0)
+    assert model.model.topology is None and not any("topology" in name for name in model.state_dict())
+
+
+# -- overrides at from_pretrained: the config changes after it was checked ----------------------------------------
+
+
+def test_an_override_is_checked_by_the_model(tmp_path):
+    small_model(dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match="chunk_offsets"):
+        SpiralFormerForCausalLM.from_pretrained(tmp_path, chunk_sizes=[2, 1], chunk_offsets=[2, 0])
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        SpiralFormerForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
+
+def test_rotary_parameters_given_on_loading_keep_the_quarter(tmp_path):
+    small_model(dtype=torch.float32).save_pretrained(tmp_path)
+    model = SpiralFormerForCausalLM.from_pretrained(tmp_path, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.25
+    assert model.model.rotary_emb.inv_freq.shape == (1,)
+
+
+def test_an_added_token_iteration_loads_under_anchor(tmp_path):
+    model = small_model(dtype=torch.float32, topology="anchor", chunk_sizes=[4, 2])
+    model.save_pretrained(tmp_path)
+    longer, report = SpiralFormerForCausalLM.from_pretrained(tmp_path, chunk_sizes=[4, 2, 1], output_loading_info=True)
+    assert longer.config.num_hidden_layers == model.config.num_hidden_layers + 2 and not report["missing_keys"]
+    expected = small_model(dtype=torch.float32, topology="anchor", chunk_sizes=[4, 2, 1])
+    expected.load_state_dict(model.state_dict())
+    ids = random_ids(1, 17)
+    assert (longer(ids).logits - expected(ids).logits).abs().max() < 1e-5
+    assert (longer.generate(ids, max_new_tokens=3, eos_token_id=None)).shape == (1, 20)
+
+
+def test_mean_and_broadcast_load_into_any_schedule(tmp_path):
+    options = {"topology": "residual", "down_scaling": "mean", "up_scaling": "broadcast"}
+    small_model(dtype=torch.float32, **options).save_pretrained(tmp_path)
+    model, report = SpiralFormerForCausalLM.from_pretrained(tmp_path, chunk_sizes=[16, 5, 3], output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert model.generate(random_ids(1, 5), max_new_tokens=3, eos_token_id=None).shape == (1, 8)
+
+
+def test_shapes_that_do_not_fit_are_the_librarys_error_or_reinitialised(tmp_path):
+    small_model(dtype=torch.float32, num_memory_slots=5).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        SpiralFormerForCausalLM.from_pretrained(tmp_path, chunk_sizes=[8, 2, 1])
+    model, report = SpiralFormerForCausalLM.from_pretrained(
+        tmp_path, chunk_sizes=[8, 2, 1], ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    names = {entry[0] for entry in report["mismatched_keys"]}
+    assert names == {"model.resolutions.0.allocator.weight", "model.resolutions.0.allocator.bias"}
+    assert model.model.resolutions[0].allocator.weight.eq(0).all()
+    assert model.model.resolutions[1].allocator.weight.abs().max() > 0
+
+
+def test_slots_that_are_set_keep_router_shapes_across_schedules(tmp_path):
+    small_model(dtype=torch.float32, num_memory_slots=5, chunk_sizes=[2, 1]).save_pretrained(tmp_path)
+    _, report = SpiralFormerForCausalLM.from_pretrained(tmp_path, chunk_sizes=[2, 1, 1], output_loading_info=True)
+    assert {name.rsplit(".", 1)[0] for name in report["missing_keys"]} == {
+        "model.topology.write.3",
+        "model.topology.read.3",
+    }
+    assert not report["mismatched_keys"]
+
+
+# -- saved models -------------------------------------------------------------------------------------------------
+
+
+def test_auto_classes_load_what_was_saved(tmp_path):
+    model = small_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is SpiralFormerForCausalLM
+    assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+    assert torch.equal(
+        AutoModel.from_pretrained(tmp_path)(random_ids(1, 9)).last_hidden_state,
+        model.model(random_ids(1, 9)).last_hidden_state,
+    )
+
+
+def test_a_damaged_or_missing_weights_file_is_an_error(tmp_path):
+    small_model(dtype=torch.float32).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match="(?i)header|safetensor|incomplete|deserializ"):
+        SpiralFormerForCausalLM.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        SpiralFormerForCausalLM.from_pretrained(tmp_path)
