@@ -42,7 +42,9 @@ def load_config(name_or_path: str, overrides: dict[str, object] | None = None) -
     known = sorted(item.name for item in dataclasses.fields(config))
     for key, value in (overrides or {}).items():
         if key not in known:
-            raise ValueError(f"`config_overrides` must name fields of {type(config).__name__}, but got {key!r}: {known}.")
+            raise ValueError(
+                f"`config_overrides` must name fields of {type(config).__name__}, but got {key!r}: {known}."
+            )
         setattr(config, key, value)
     config.validate()
     return config

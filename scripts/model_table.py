@@ -97,7 +97,7 @@ def main(arguments: TableArguments):
     rows = [table_row(model, measure(published_config(model))) for model in PUBLISHED_MODELS]
     print(format_table(rows, arguments.markdown))
     if not arguments.markdown:
-        print(f"\nMillions of parameters; 1e12 FLOPs of a {PREFILL_TOKENS}-token prefill, attention over the full square.")
+        print(f"\nMillions of parameters; 1e12 FLOPs of {PREFILL_TOKENS} tokens; attention counts the full square.")
         print("The paper's totals hold 2 * hidden_size^2 more in every row than its own description accounts for.")
 
 

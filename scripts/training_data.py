@@ -48,7 +48,7 @@ def load_standard_library(validation_percentage: float) -> DatasetDict:
 
 
 def load_texts(arguments: DataArguments) -> DatasetDict:
-    """Documents of the named data, one a row in the column `text`; splits "train" and "validation" where they exist."""
+    """Documents of the named data, one a row in the column `text`, in the splits "train" and "validation"."""
     if arguments.dataset_name is not None:
         loaded = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
         splits = DatasetDict({split: loaded[split] for split in SPLITS if split in loaded})

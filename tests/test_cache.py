@@ -224,7 +224,7 @@ def test_crop_deeper_than_the_cache_covers_is_refused():
         model(random_ids(1, 30), past_key_values=cache)
     with pytest.raises(ValueError, match="activate_past_recording"):
         copy.deepcopy(cache).crop(-12)
-    with pytest.raises(ValueError, match="positive value"):
+    with pytest.raises(ValueError, match="positive|negative"):
         cache.crop(5)
     half_cropped = copy.deepcopy(cache)
     with pytest.raises(ValueError):

@@ -102,9 +102,11 @@ def test_prompt_lookup(options):
 def test_assisted_decoding_that_generates_the_pad_token(options):
     """The mask that generate() infers from pad ids while it continues counts leading pads only."""
     model = small_model(**options)
-    torch.nn.init.normal_(model.lm_head.weight[:1], std=1.0)  # now and then the pad token is the best one
-    assistant = small_model(chunk_sizes=[4, 1], num_core_layers=1, seed=3)
     inputs = {"input_ids": random_ids(1, 13)}
+    word = generate(model, inputs, use_cache=False)[0][0, 16]
+    with torch.no_grad():  # the pad token now beats that word
+        model.lm_head.weight[0] = 1.5 * model.lm_head.weight[word]
+    assistant = small_model(chunk_sizes=[4, 1], num_core_layers=1, seed=3)
     expected, _ = generate(model, inputs, use_cache=False, pad_token_id=0, eos_token_id=2)
     tokens, _ = generate(model, inputs, assistant_model=assistant, pad_token_id=0, eos_token_id=2)
     assert torch.equal(tokens, expected)
