@@ -1,0 +1,31 @@
+"""The published models: parameters to the paper's rounding, FLOPs within 1.5%, files equal to what writes them."""
+
+from pathlib import Path
+
+import pytest
+from make_configurations import all_configs, published_config, to_json
+from model_table import format_table, measure, table_row
+from published import PUBLISHED_MODELS
+
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+
+
+@pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.name)
+def test_parameters_and_flops_of_table_1(model):
+    measured = measure(published_config(model))
+    assert round(measured.non_embedding / 1e6, 1) == pytest.approx(model.non_embedding, abs=1e-9)
+    assert measured.flops / 1e12 == pytest.approx(model.teraflops, rel=0.015)
+    assert model.name in format_table([table_row(model, measured)], markdown=True)
+
+
+def test_files_are_what_the_script_writes():
+    configs = all_configs()
+    assert len(configs) == 23 == len(list(Path("configuration").iterdir()))
+    for name, config in configs.items():
+        assert Path("configuration", name, "config.json").read_text() == to_json(config), name
+        assert SpiralFormerConfig.from_pretrained(f"configuration/{name}").to_dict() == config.to_dict()
+
+
+def test_tiny_has_about_a_million_parameters():
+    config = SpiralFormerConfig.from_pretrained("configuration/tiny")
+    assert 0.8e6 < SpiralFormerForCausalLM(config).num_parameters() < 1.2e6
