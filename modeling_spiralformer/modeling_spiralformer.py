@@ -479,6 +479,15 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """Hands on the 2-D mask: each level draws its own mask from it, also with a static cache."""
         return attention_mask
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused where there is a loop: paged attention packs rows into one, and chunks would span them."""
+        if self.config.chunk_sizes:
+            raise NotImplementedError(
+                f"Continuous batching needs an empty schedule, but got chunk_sizes {self.config.chunk_sizes}: its paged "
+                "cache has no place for latents. Use generate() on a left-padded batch."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
         """Infers a mask from pad ids as the library does; while a cache is continued, leading pads only.
 

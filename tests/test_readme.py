@@ -1,0 +1,92 @@
+"""README and docs are part of the product: their snippets run, their commands exist, their links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- needs the network -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+BLOCKS = [(page, *match) for page in PAGES for match in BLOCK.findall(page.read_text())]
+
+
+def blocks(language: str) -> list[tuple[str, bool]]:
+    """Code blocks in one language: text, and whether it needs the network."""
+    return [(text, bool(network)) for _, network, kind, text in BLOCKS if kind == language]
+
+
+def commands() -> list[str]:
+    return [line for text, _ in blocks("bash") for line in text.strip().splitlines()]
+
+
+@pytest.fixture
+def workplace(tmp_path) -> Path:
+    """A folder that looks like the repository to a command, and takes what the command writes."""
+    for name in ("configuration", "scripts", "tokenization"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 2000)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_there_is_something_to_run():
+    assert len(blocks("python")) >= 2 and len(commands()) >= 7
+
+
+@pytest.mark.parametrize("text", [text for text, network in blocks("python") if not network])
+def test_python_snippets_run(text, workplace):
+    run([sys.executable, "-c", text], workplace)
+
+
+@pytest.mark.parametrize("text", [text for text, network in blocks("python") if network])
+def test_snippets_that_need_the_network_run_but_for_the_download(text, workplace):
+    local = re.sub(r'from_pretrained\("EleutherAI/[^"]*"\)', 'from_pretrained("tokenization")', text)
+    assert local != text
+    run([sys.executable, "-c", local], workplace)
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "scripts/train.py" in line])
+def test_training_commands_run(command, workplace):
+    words = shlex.split(command)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"] if words[0] == "accelerate" else [sys.executable]
+    run([*launcher, *words[words.index("scripts/train.py") :], "--report_to", "none"], workplace)
+
+
+def test_every_other_command_is_a_target_of_make_or_an_installation():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[1] for words in map(shlex.split, commands()) if words[0] == "make"}
+    named |= {name for page in PAGES for name in re.findall(r"`make ([\w-]+)`", page.read_text())}
+    assert {"quickstart", "test", "fuzz", "test-min", "table", "memory"} <= named <= targets
+    others = [line for line in commands() if "scripts/train.py" not in line and not line.startswith("make ")]
+    assert others == ['pip install -c constraints.txt ".[train]"']
+    assert (ROOT / "constraints.txt").is_file()
+
+
+def test_links_and_images_exist():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    local = [(page, link) for page, link in links if not link.startswith("http")]
+    assert len(local) >= 5
+    for page, link in local:
+        assert (page.parent / link).is_file(), (page, link)
+
+
+def test_the_table_is_what_the_command_prints():
+    printed = subprocess.run(
+        [sys.executable, "scripts/model_table.py", "--markdown"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_figures_are_drawn_by_their_script(tmp_path):
+    run([sys.executable, "scripts/draw_figures.py", "--output_dir", str(tmp_path)], ROOT)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "docs").glob("*.png")}
