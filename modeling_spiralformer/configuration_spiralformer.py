@@ -1,6 +1,7 @@
 """Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # Layer types of the KV cache: tokens use the library's own, latents the ones `cache_spiralformer` registers.
@@ -202,6 +203,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         ):
             if getattr(self, field) not in allowed:
                 refuse(field, getattr(self, field), f"one of {list(allowed)}")
+        if self.hidden_act not in ACT2FN:
+            refuse("hidden_act", self.hidden_act, f"one of {sorted(ACT2FN)}")
         if self.num_memory_slots is not None:
             if self.topology != "mesh":
                 refuse("num_memory_slots", self.num_memory_slots, f'None with topology "{self.topology}"')

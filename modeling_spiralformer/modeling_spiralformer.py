@@ -483,8 +483,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """Refused where there is a loop: paged attention packs rows into one, and chunks would span them."""
         if self.config.chunk_sizes:
             raise NotImplementedError(
-                f"Continuous batching needs an empty schedule, but got chunk_sizes {self.config.chunk_sizes}: its paged "
-                "cache has no place for latents. Use generate() on a left-padded batch."
+                f"Continuous batching needs an empty schedule, but got chunk_sizes {self.config.chunk_sizes}: "
+                "its paged cache has no place for latents. Use generate() on a left-padded batch."
             )
         return super().init_continuous_batching(*args, **kwargs)
 

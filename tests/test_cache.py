@@ -8,10 +8,12 @@ from histories import History
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support import model_options, pad_rows, random_ids, small_config, small_model
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
+# A layer that needs no further package; transformers 5.17 does not have it, and every other one needs one.
+FP8_LAYER = getattr(cache_utils, "Fp8QuantizedLayer", cache_utils.DynamicLayer)
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17, 0])  # tokens fed after an operation; 0 chains two operations
 
 
@@ -276,6 +278,9 @@ def test_quantised_and_offloaded_caches_are_refused():
     cache.offloading = True  # building one needs a GPU
     with pytest.raises(ValueError, match="offloaded"):
         model(random_ids(1, 3), past_key_values=cache)
+    layers = [FP8_LAYER() for _ in range(model.config.num_hidden_layers)]
+    with pytest.raises(ValueError, match="unquantised"):
+        model(random_ids(1, 3), past_key_values=Cache(layers=layers))
     with pytest.raises((ValueError, ImportError), match="(?i)quant"):
         model.generate(random_ids(1, 3), max_new_tokens=2, cache_implementation="quantized")
 

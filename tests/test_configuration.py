@@ -73,6 +73,7 @@ def test_tuples_become_lists():
         ({"down_scaling": "max"}, "down_scaling", "max"),
         ({"up_scaling": "copy"}, "up_scaling", "copy"),
         ({"topology": "ring"}, "topology", "ring"),
+        ({"hidden_act": "sharp"}, "hidden_act", "sharp"),
         ({"num_memory_slots": 0}, "num_memory_slots", "0"),
         ({"num_memory_slots": 4, "topology": "anchor"}, "num_memory_slots", "4"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type", "dynamic"),
