@@ -222,10 +222,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[:2]:
-            name, shape = (
-                ("inputs_embeds", inputs_embeds.shape) if input_ids is None else ("input_ids", input_ids.shape)
-            )
-            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {tuple(shape)}.")
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            shape = tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None  # a replayed layer would write its keys twice
         if use_cache and past_key_values is None:
@@ -233,7 +232,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         levels = self._levels(past_key_values, inputs_embeds)
         padding, token_mask, past = self._read_mask(attention_mask, past_key_values, levels, inputs_embeds)
-        position_ids = self._position_ids(position_ids, padding, past, inputs_embeds)
+        position_ids = self._position_ids(position_ids, padding, token_mask, past, inputs_embeds)
         token_layer = {
             "attention_mask": self._token_mask(token_mask, past_key_values, inputs_embeds),
             "position_ids": position_ids,
@@ -356,9 +355,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if any(level.right_padded for level in levels):
             raise ValueError("`past_key_values` holds right-padded rows: nothing can be appended to them. Pad left.")
         if attention_mask is None or (settled and length == 1):
-            columns = (
-                cache.layers[-1].get_max_length() if cache is not None and cache.is_compileable else past + length
-            )
+            static = cache is not None and cache.is_compileable  # its masks have the length of its store
+            columns = cache.layers[-1].get_max_length() if static else past + length
             return known, None if known is None else known.real_columns(columns), past
         if is_torchdynamo_compiling():
             return LeftPadding(read_left_padding(attention_mask)), attention_mask, past
@@ -397,17 +395,23 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         return attention_mask
 
     def _position_ids(
-        self, position_ids: torch.Tensor | None, padding: LeftPadding | None, past: int, inputs_embeds: torch.Tensor
+        self,
+        position_ids: torch.Tensor | None,
+        padding: LeftPadding | None,
+        token_mask: torch.Tensor | None,
+        past: int,
+        inputs_embeds: torch.Tensor,
     ) -> torch.Tensor:
         """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
-        columns = torch.arange(past, past + length, device=device)[None]
         if position_ids is None:
+            columns = torch.arange(past, past + length, device=device)[None]
             return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
         if length > 1 and not is_torchdynamo_compiling():
             restarts = position_ids.diff(dim=-1) <= 0
-            if padding is not None:
-                restarts = restarts & (columns[:, :-1] >= padding.columns[:, None])
+            if token_mask is not None:
+                real = token_mask[:, past : past + length].bool()
+                restarts = restarts & real[:, :-1] & real[:, 1:]
             if restarts.any():
                 raise ValueError("`position_ids` must increase along a row: packed rows are not supported.")
         return position_ids

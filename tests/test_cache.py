@@ -147,8 +147,9 @@ def test_a_decode_step_never_waits_for_the_device():
     ids = torch.zeros(2, 40, dtype=torch.long, device="meta")
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        for _ in range(32):
-            logits = model(ids[:, :1], past_key_values=cache).logits
+        for step in range(32):  # with and without a mask: a step does not look at it
+            mask = torch.ones(2, 41 + step, dtype=torch.long, device="meta") if step % 2 else None
+            logits = model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
         assert logits.shape == (2, 1, 61) and cache.get_seq_length() == 72
         with pytest.raises((RuntimeError, NotImplementedError)):  # the check can fail: meta tensors do refuse
             cache.layers[1].level.tokens.sum().item()

@@ -141,6 +141,17 @@ def test_padded_rows_equal_rows_alone(options, side):
         assert (padded[pads][mask[pads].bool()] - alone[: 40 - pads]).abs().max() < 1e-9, pads
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_position_ids_that_count_real_tokens_change_nothing(side):
+    """What callers compute from the mask, with 1 in the padding, as generate() and others do."""
+    model = small_model()
+    ids, mask = pad_rows([random_ids(1, n)[0] for n in (21, 13, 18)], side)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        given = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert (given - logits_of(model, ids, mask))[mask.bool()].abs().max() < 1e-9
+
+
 def test_loss_of_a_padded_batch_is_the_loss_of_its_rows():
     model = small_model()
     rows = [random_ids(1, n, seed=n)[0] for n in (23, 9, 16)]
