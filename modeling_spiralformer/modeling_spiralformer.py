@@ -140,6 +140,8 @@ class SpiralFormerMeSH(nn.Module):
 
 @auto_docstring
 class SpiralFormerPreTrainedModel(PreTrainedModel):
+    """What all SpiralFormer models share: validation of the configuration, initialisation, capability flags."""
+
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -173,7 +175,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="SpiralFormer without a head: token ids or embeddings to normed states `(B, S, D)`.")
 class SpiralFormerModel(SpiralFormerPreTrainedModel):
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)
@@ -432,7 +434,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         )
 
 
-@auto_docstring
+@auto_docstring(custom_intro="SpiralFormer with a language-modelling head: logits `(B, S, vocab_size)`.")
 class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -506,15 +508,15 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
 
 
 class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):
-    pass
+    """SpiralFormer with a head for one label per row, read at its last token; the library's generic head."""
 
 
 class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerPreTrainedModel):
-    pass
+    """SpiralFormer with a head for one label per token; the library's generic head."""
 
 
 class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
-    pass
+    """SpiralFormer with a head for start and end of a span; the library's generic head."""
 
 
 __all__ = [
