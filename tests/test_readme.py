@@ -85,7 +85,12 @@ def test_links_and_images_exist():
     local = [(page, link) for page, link in links if not link.startswith("http")]
     assert len(local) >= 5
     for page, link in local:
-        assert (page.parent / link).is_file(), (page, link)
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), (page, link)
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings}, link
 
 
 def test_the_table_is_what_the_command_prints():
