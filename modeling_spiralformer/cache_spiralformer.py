@@ -64,6 +64,8 @@ class Level:
         self.cached = cached
         self.recording = False
         self.right_padded = False
+        self.mask_unchecked = False  # a compiled call took a mask whose values it could not look at
+        self.unfinished = False  # a forward has begun and not ended: an error may have left any part half written
         self.padding: LeftPadding | None = None
         self.seen = 0  # columns of the batch so far
         self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
@@ -321,7 +323,8 @@ class StaticLevel(Level):
 
     def reset(self) -> None:
         """Forgets every state and keeps the tensors."""
-        self.seen, self.padding, self.right_padded = 0, None, False
+        self.seen, self.padding = 0, None
+        self.right_padded = self.mask_unchecked = self.unfinished = False
         for state in (self.token_ring, self.latent_ring, self.column):
             state.zero_()
 
@@ -521,7 +524,7 @@ def bind_levels(
 
     Raises:
         `ValueError`: for a cache that holds no latents, belongs to another schedule or batch, is quantised or
-            offloaded, is full, or was left half cropped by an error.
+            offloaded, is full, or was left half cropped or half written by an error.
     """
     if not grids:
         if not cache.is_compileable and cache.get_seq_length() == 0:
@@ -550,6 +553,8 @@ def bind_levels(
 
     if [None if level is None else level.grid for level in levels] != grids:
         raise ValueError(f"{expected}, but got one built for other chunk sizes, offsets or shifts.")
+    if any(level.unfinished for level in levels):
+        raise ValueError(f"{expected} and whole, but an error ended a forward that was writing to it: call reset().")
     if levels[0].seen and levels[0].rows != inputs_embeds.shape[0]:
         raise ValueError(f"`past_key_values` holds {levels[0].rows} rows, but the input has {inputs_embeds.shape[0]}.")
     if cache.is_compileable:

@@ -30,10 +30,6 @@ class LeftPadding:
         """The same as Python integers: one read from the device, made once for each batch."""
         return self.columns.tolist()
 
-    def select(self, rows: torch.Tensor) -> "LeftPadding":
-        """The padding of the batch made of `rows` (`(R,)`, indices or booleans)."""
-        return LeftPadding(self.columns[rows.to(self.columns.device)])
-
     def cropped(self, columns: int) -> "LeftPadding":
         """The padding that is left of a batch cut back to its first `columns` columns."""
         return LeftPadding(self.columns.clamp(max=columns))
@@ -204,7 +200,7 @@ class ChunkGrid:
 
 def read_left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     """Counts the leading zeros of each row of a `(B, columns)` mask: its columns of left padding, `(B,)`."""
-    return (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1)
+    return (attention_mask.bool().cumsum(dim=-1) == 0).sum(dim=-1)
 
 
 __all__ = ["ChunkGrid", "Filling", "LeftPadding"]

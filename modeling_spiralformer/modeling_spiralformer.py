@@ -145,7 +145,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GPTNeoXLayer"]
+    # Device maps keep the model whole: Down, Up and the topology are methods, which no device hook wraps.
+    _no_split_modules = ["SpiralFormerModel"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -233,7 +234,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         levels = self._levels(past_key_values, inputs_embeds)
-        padding, token_mask, past = self._read_mask(attention_mask, past_key_values, levels, inputs_embeds)
+        padding, token_mask, right_padded, past = self._read_mask(
+            attention_mask, past_key_values, levels, inputs_embeds
+        )
         position_ids = self._position_ids(position_ids, padding, token_mask, past, inputs_embeds)
         token_layer = {
             "attention_mask": self._token_mask(token_mask, past_key_values, inputs_embeds),
@@ -243,6 +246,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             **kwargs,
         }
+
+        for level in levels:  # nothing is refused from here on: what fails now leaves the cache half written
+            level.padding, level.right_padded, level.unfinished = padding, right_padded, True
 
         # x, the embeddings
         if self.config.scale_embeddings:
@@ -257,13 +263,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if self.topology is not None:
             hidden_states, carrier = self.topology.start(embeddings, hidden_states)
         for iteration, level in enumerate(levels):
-            level.padding = padding
             update = self._iterate(iteration, hidden_states, level, past_key_values, use_cache=use_cache, **kwargs)
             hidden_states, carrier = self.topology.advance(iteration, update, hidden_states, carrier)
 
         # norm(f_post(h_T))
         for layer in self.coda:
             hidden_states = layer(hidden_states, **token_layer)
+        for level in levels:
+            level.unfinished = False
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _iterate(
@@ -333,12 +340,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         cache: Cache | None,
         levels: list[Level],
         inputs_embeds: torch.Tensor,
-    ) -> tuple[LeftPadding | None, torch.Tensor | None, int]:
+    ) -> tuple[LeftPadding | None, torch.Tensor | None, bool, int]:
         """What the mask says of the `(B, past + S)` columns of the batch.
 
         Returns:
             the left padding, None where there is none; the 2-D mask for the token layers, None where every column is
-            real; the number of past columns.
+            real; whether a row ends in padding; the number of past columns.
         """
         batch, length = inputs_embeds.shape[:2]
         if cache is None:
@@ -347,21 +354,27 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             past = levels[0].seen
         else:
             past = cache.get_seq_length()
-            if isinstance(past, torch.Tensor):  # a static cache of a plain GPT-NeoX stack: nothing to keep track of
-                padding = None if attention_mask is None else LeftPadding(read_left_padding(attention_mask))
-                return padding, attention_mask, past
+            if isinstance(past, torch.Tensor):  # the static cache of a plain GPT-NeoX stack
+                if is_torchdynamo_compiling():
+                    padding = None if attention_mask is None else LeftPadding(read_left_padding(attention_mask))
+                    return padding, attention_mask, False, past
+                past = int(past)
         known = levels[0].padding if levels and past else None
         settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
         if attention_mask is not None:
             attention_mask = self._check_mask_shape(attention_mask, batch, past + length).to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError("`past_key_values` holds right-padded rows: nothing can be appended to them. Pad left.")
-        if attention_mask is None or (settled and length == 1):
+        compiling = is_torchdynamo_compiling()
+        trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
+        if attention_mask is None or trusted:
             static = cache is not None and cache.is_compileable  # its masks have the length of its store
             columns = cache.layers[-1].get_max_length() if static else past + length
-            return known, None if known is None else known.real_columns(columns), past
-        if is_torchdynamo_compiling():
-            return LeftPadding(read_left_padding(attention_mask)), attention_mask, past
+            return known, None if known is None else known.real_columns(columns), False, past
+        for level in levels:
+            level.mask_unchecked = compiling
+        if compiling:
+            return LeftPadding(read_left_padding(attention_mask)), attention_mask, False, past
 
         real = attention_mask.bool()
         pads = read_left_padding(attention_mask)
@@ -372,7 +385,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         padded = (pads > 0).any()
         padded, right_padded, holes = torch.stack([padded, right_padded, holes]).tolist()
         if holes:
-            raise ValueError("`attention_mask` must be zero only before or only after a row's tokens, but got holes.")
+            raise ValueError("`attention_mask` must be zero only before or after a row's tokens, but got holes.")
         if past and right_padded:
             raise ValueError("`attention_mask` must not end a row before its newest token when a cache is continued.")
         before = [0] * batch if known is None else known.on_host
@@ -381,13 +394,13 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
                 f"but got {pads.tolist()}."
             )
-        for level in levels:
-            level.right_padded = right_padded
         if not settled:
             known = LeftPadding(pads) if padded else None
-        return known, attention_mask if padded or right_padded else None, past
+        return known, attention_mask if padded or right_padded else None, right_padded, past
 
     def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
         if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, columns):
             raise ValueError(
                 f"`attention_mask` must have shape {(batch, columns)} (rows, past and new tokens), but got "
@@ -409,6 +422,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if position_ids is None:
             columns = torch.arange(past, past + length, device=device)[None]
             return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
+        shape, allowed = tuple(position_ids.shape), ((1, length), (inputs_embeds.shape[0], length))
+        if shape not in allowed:
+            raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
         if length > 1 and not is_torchdynamo_compiling():
             restarts = position_ids.diff(dim=-1) <= 0
             if token_mask is not None:
@@ -486,13 +502,11 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         return attention_mask
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused where there is a loop: paged attention packs rows into one, and chunks would span them."""
-        if self.config.chunk_sizes:
-            raise NotImplementedError(
-                f"Continuous batching needs an empty schedule, but got chunk_sizes {self.config.chunk_sizes}: "
-                "its paged cache has no place for latents. Use generate() on a left-padded batch."
-            )
-        return super().init_continuous_batching(*args, **kwargs)
+        """Refused: paged attention packs rows into one, chunks would span them, and its cache has no latents."""
+        raise NotImplementedError(
+            "Continuous batching is not supported: its paged cache has no place for latents. Use generate() on a "
+            "left-padded batch."
+        )
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
         """Infers a mask from pad ids as the library does; while a cache is continued, leading pads only.

@@ -287,8 +287,9 @@ def test_quantised_and_offloaded_caches_are_refused():
 
 
 def test_continuous_batching_is_refused():
-    with pytest.raises(NotImplementedError, match="generate()"):
-        small_model(dtype=torch.float32).generate_batch(inputs=[[5, 6, 7], [8, 9]])
+    for options in ({}, {"chunk_sizes": [], "num_core_layers": 0}):
+        with pytest.raises(NotImplementedError, match="left-padded"):
+            small_model(dtype=torch.float32, **options).generate_batch(inputs=[[5, 6, 7], [8, 9]])
 
 
 def test_appending_to_right_padded_rows_is_refused():
@@ -393,3 +394,79 @@ def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns):
             if column == 11 + period:
                 after_one_period = len(graphs)
     assert len(graphs) == after_one_period <= patterns + 1 <= 8
+
+
+# -- errors in the middle of a call -------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Stands for anything that can end a forward: out of memory, Ctrl-C."""
+
+
+@pytest.mark.parametrize("place", ["prelude.0", "core.1", "topology.write.3", "coda.0"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_that_an_error_left_half_written_is_refused(place, static):
+    model, ids = small_model(), random_ids(1, 15)
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+
+    def interrupt(*args):
+        raise Interrupted
+
+    with torch.no_grad():
+        model(ids[:, :13], past_key_values=cache)
+        handle = model.model.get_submodule(place).register_forward_hook(interrupt)
+        with pytest.raises(Interrupted):
+            model(ids[:, 13:14], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="reset"):
+            model(ids[:, 13:14], past_key_values=cache)
+        cache.reset()
+        restarted = model(ids, past_key_values=cache).logits
+        assert (restarted - model(ids, use_cache=False).logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_refused_input_leaves_the_cache_as_it_was(static):
+    model, ids = small_model(), random_ids(1, 15)
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    bad_calls = (
+        {"attention_mask": torch.ones(1, 3)},
+        {"attention_mask": {"full_attention": None}},
+        {"attention_mask": torch.tensor([[1] * 8 + [0]]), "position_ids": torch.zeros(1, 9, dtype=torch.long)},
+        {"position_ids": torch.arange(9)},
+        {"position_ids": torch.zeros(1, 9, dtype=torch.long)},
+    )
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for bad in bad_calls:
+            with pytest.raises(ValueError):
+                model(ids[:, :9], past_key_values=cache, **bad)
+        first = model(ids[:, :9], past_key_values=cache).logits
+        for bad in bad_calls:
+            with pytest.raises(ValueError):
+                model(ids[:, 9:], past_key_values=cache, **{**bad, "attention_mask": torch.ones(1, 7)})
+        second = model(ids[:, 9:], past_key_values=cache).logits
+    assert (torch.cat([first, second], dim=1) - expected).abs().max() < 1e-9
+
+
+def test_right_padding_that_a_compiled_prefill_could_not_see_is_refused_later():
+    torch._dynamo.reset()
+    model = small_model(dtype=torch.float32, num_core_layers=1, chunk_sizes=[2])
+    ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 6)[0]], "right")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        torch.compile(model.forward, backend="eager")(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="holes"):
+            model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], dim=1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 1), torch.tensor([[1.0] * 9, [0, 1, 0] + [1] * 6]), torch.ones(1, 1, 1, 9)]
+)
+def test_masks_of_an_empty_schedule_are_checked_with_a_static_cache_too(mask):
+    model = small_model(dtype=torch.float32, chunk_sizes=[], num_core_layers=0)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(random_ids(2, 8), past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(random_ids(2, 1), attention_mask=mask, past_key_values=cache)

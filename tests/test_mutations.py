@@ -102,10 +102,10 @@ def padding_counted_as_tokens(self, states):
 
 
 def one_phase_for_all_rows(self, *args, **kwargs):
-    padding, mask, past = ORIGINAL["_read_mask"](self, *args, **kwargs)
+    padding, mask, right_padded, past = ORIGINAL["_read_mask"](self, *args, **kwargs)
     if padding is not None and past:
         padding = LeftPadding(padding.columns[:1].expand(len(padding.columns)))
-    return padding, mask, past
+    return padding, mask, right_padded, past
 
 
 def trimmed_one_token_too_many(self, columns, padding):
