@@ -1,5 +1,7 @@
 """Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -26,6 +28,12 @@ def check_integers(field: str, values: object, length: int | None, minimum: int)
     is_list = isinstance(values, (list, tuple)) and all(type(value) is int and value >= minimum for value in values)
     if not is_list or (length is not None and len(values) != length):
         refuse(field, values, f"a list of integers >= {minimum}{count}")
+
+
+def check_positive(field: str, value: object) -> None:
+    """Refuses `value` unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        refuse(field, value, "a finite number > 0")
 
 
 @strict
@@ -103,12 +111,6 @@ class SpiralFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     use_cache: bool = True
 
-    def __post_init__(self, **kwargs):
-        for field in ("chunk_sizes", "chunk_offsets", "causal_shifts"):
-            if isinstance(getattr(self, field), tuple):
-                setattr(self, field, list(getattr(self, field)))
-        super().__post_init__(**kwargs)
-
     # -- derived from the schedule ------------------------------------------------------------------------------
 
     @property
@@ -170,7 +172,10 @@ class SpiralFormerConfig(PreTrainedConfig):
             refuse("max_position_embeddings", self.max_position_embeddings, "an integer >= 1")
 
     def validate_schedule(self):
-        """Chunk sizes, offsets and shifts, and the layer counts that go with them."""
+        """Chunk sizes, offsets and shifts (tuples become lists), and the layer counts that go with them."""
+        for field in ("chunk_sizes", "chunk_offsets", "causal_shifts"):
+            if isinstance(getattr(self, field), tuple):
+                setattr(self, field, list(getattr(self, field)))
         check_integers("chunk_sizes", self.chunk_sizes, length=None, minimum=1)
         if self.chunk_offsets is not None:
             check_integers("chunk_offsets", self.chunk_offsets, self.num_iterations, minimum=0)
@@ -208,23 +213,29 @@ class SpiralFormerConfig(PreTrainedConfig):
         if self.num_memory_slots is not None:
             if self.topology != "mesh":
                 refuse("num_memory_slots", self.num_memory_slots, f'None with topology "{self.topology}"')
+            if not self.chunk_sizes:
+                refuse("num_memory_slots", self.num_memory_slots, "None where chunk_sizes is empty")
             if self.num_memory_slots < 1:
                 refuse("num_memory_slots", self.num_memory_slots, "None or an integer >= 1")
 
     def validate_rotary(self):
-        """The rotary embedding: a type whose angles are fixed, on an even number of dimensions of each head."""
-        self.convert_rope_params_to_dict()  # an override at `from_pretrained` comes without the defaults
+        """The rotary embedding: fixed angles, on an even number of dimensions of each head.
+
+        Fills in the defaults first: an override at `from_pretrained` arrives without them.
+        """
+        self.convert_rope_params_to_dict()
+        for field in ("rope_theta", "factor"):
+            if field in self.rope_parameters:
+                check_positive(f"rope_parameters['{field}']", self.rope_parameters[field])
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ROPE_TYPES:
             refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")
-        factor = self.rope_parameters["partial_rotary_factor"]
-        rotary_dims = int(self.hidden_size // self.num_attention_heads * factor)
-        if not 0 < factor <= 1 or rotary_dims < 2 or rotary_dims % 2:
-            allowed = (
-                f"in (0, 1] and give an even number >= 2 of the {self.hidden_size // self.num_attention_heads} "
-                "dimensions of a head"
-            )
-            refuse("rope_parameters['partial_rotary_factor']", factor, allowed)
+        share, head_size = self.rope_parameters["partial_rotary_factor"], self.hidden_size // self.num_attention_heads
+        check_positive("rope_parameters['partial_rotary_factor']", share)
+        rotary_dims = int(head_size * share)
+        if share > 1 or rotary_dims < 2 or rotary_dims % 2:
+            allowed = f"in (0, 1] and give an even number >= 2 of the {head_size} dimensions of a head"
+            refuse("rope_parameters['partial_rotary_factor']", share, allowed)
 
     def validate_rates(self):
         """Dropouts and scales."""
@@ -232,18 +243,25 @@ class SpiralFormerConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 refuse(field, getattr(self, field), "in [0, 1)")
         for field in ("layer_norm_eps", "initializer_range"):
-            if getattr(self, field) <= 0:
-                refuse(field, getattr(self, field), "> 0")
+            check_positive(field, getattr(self, field))
 
     def validate_layer_type(self):
         """Nothing to check: `layer_types` is derived, and the library's list does not know latents."""
 
     def convert_rope_params_to_dict(self, **kwargs):
         """Fills in GPT-NeoX's rotary defaults: theta 10000, a quarter of each head (the library's would be all)."""
-        rope_scaling = kwargs.pop("rope_scaling", None)
-        self.rope_parameters = dict(rope_scaling or self.rope_parameters or {})
-        self.rope_parameters.setdefault("rope_theta", 10000.0)
-        self.rope_parameters.setdefault("partial_rotary_factor", 0.25)
+        given = [parameters for parameters in (self.rope_parameters, kwargs.pop("rope_scaling", None)) if parameters]
+        names = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta"}
+        names |= {"partial_rotary_factor": "partial_rotary_factor", "rotary_pct": "partial_rotary_factor"}
+        given += [{names[name]: kwargs.pop(name)} for name in list(kwargs) if name in names]
+        merged: dict = {}
+        for parameters in given:
+            for name, value in parameters.items():
+                if isinstance(value, dict):
+                    refuse(f"rope_parameters[{name!r}]", value, "one value for all layers")
+                if value is not None and merged.setdefault(name, value) != value:
+                    refuse(f"rope_parameters[{name!r}]", value, f"given once, and was {merged[name]!r} before")
+        self.rope_parameters = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **merged}
         self.standardize_rope_params()
         return kwargs
 

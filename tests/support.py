@@ -81,7 +81,7 @@ def model_options(draw) -> dict:
     """Every option that changes the function a model computes."""
     options = draw(schedules())
     options["topology"] = draw(st.sampled_from(["mesh", "anchor", "residual", "base"]))
-    if options["topology"] == "mesh" and draw(st.booleans()):
+    if options["topology"] == "mesh" and options["chunk_sizes"] and draw(st.booleans()):
         options["num_memory_slots"] = draw(st.integers(1, 5))
     options["down_scaling"] = draw(st.sampled_from(["self_aggregation", "mean"]))
     options["up_scaling"] = draw(st.sampled_from(["allocation", "broadcast"]))

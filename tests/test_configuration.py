@@ -80,6 +80,13 @@ def test_tuples_become_lists():
         ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "partial_rotary_factor", "0.1"),
         ({"hidden_dropout": 1.0}, "hidden_dropout", "1.0"),
         ({"initializer_range": 0.0}, "initializer_range", "0.0"),
+        ({"initializer_range": float("nan")}, "initializer_range", "nan"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps", "inf"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta", "-1.0"),
+        ({"rope_parameters": {"rope_theta": "a"}}, "rope_theta", "a"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor", "0.0"),
+        ({"rope_parameters": {"partial_rotary_factor": "0.5"}}, "partial_rotary_factor", "0.5"),
+        ({"chunk_sizes": [], "num_core_layers": 0, "num_memory_slots": 4}, "num_memory_slots", "4"),
         ({"max_position_embeddings": 0}, "max_position_embeddings", "0"),
     ],
 )
@@ -91,6 +98,34 @@ def test_impossible_values_are_refused_by_name(options, field, value):
 
 def test_rotary_quarter_survives_parameters_that_do_not_name_it():
     assert small_config(rope_parameters={"rope_theta": 500.0}).rope_parameters["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_theta": 500.0, "rotary_pct": 0.5},
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_theta": 500.0}, "partial_rotary_factor": 0.5},
+    ],
+)
+def test_rotary_parameters_under_their_older_names(options):
+    config = small_config(**options)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    assert "rotary_pct" not in config.to_dict()
+
+
+def test_contradicting_rotary_parameters_are_refused():
+    with pytest.raises(ValueError, match="rope_theta"):
+        small_config(rope_parameters={"rope_theta": 500.0}, rope_theta=700.0)
+    with pytest.raises(ValueError, match="full_attention"):
+        small_config(rope_parameters={"full_attention": {"rope_theta": 500.0}})
+
+
+def test_rope_scaling_given_on_loading(tmp_path):
+    small_model(dtype=torch.float32).save_pretrained(tmp_path)
+    scaled = SpiralFormerForCausalLM.from_pretrained(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert scaled.config.rope_parameters["partial_rotary_factor"] == 0.25
+    assert scaled.config.rope_parameters["rope_theta"] == 10000.0
 
 
 def test_empty_schedule_builds_no_topology():
