@@ -226,10 +226,6 @@ class StaticLevel(Level):
         return self.token_ring.shape[0]
 
     def feed(self, states: torch.Tensor) -> Filling | None:
-        if self.seen + states.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"The static cache holds {self.max_tokens} tokens, but got {self.seen + states.shape[1]}."
-            )
         if states.shape[1] > 1:
             self._unpack()
             return super().feed(states)
@@ -407,24 +403,17 @@ class SpiralFormerLatentLayer(DynamicLayer):
         forget(self)
         self.level = None
 
-    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.level is None:
-            return
-        if self.owns_level:
-            self.level.map_rows(change)
-        self.keys, self.values = change(self.keys), change(self.values)
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
-        self._map_rows(lambda states: states.index_select(0, beam_idx.to(states.device)))
+        map_rows(self, lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
-        self._map_rows(lambda states: states.repeat_interleave(repeats, dim=0))
+        map_rows(self, lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`, integers or booleans."""
-        self._map_rows(lambda states: states[indices.to(states.device)])
+        map_rows(self, lambda states: states[indices.to(states.device)])
 
 
 class SpiralFormerStaticLatentLayer(StaticLayer):
@@ -485,15 +474,18 @@ class SpiralFormerStaticLatentLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
-        if self.level is None:
-            return
+        map_rows(self, lambda states: states.index_select(0, beam_idx.to(states.device)))
 
-        def change(states: torch.Tensor) -> torch.Tensor:
-            return states.index_select(0, beam_idx.to(states.device))
 
-        if self.owns_level:
-            self.level.map_rows(change)
-        self.keys, self.values = change(self.keys), change(self.values)
+def map_rows(
+    layer: "SpiralFormerLatentLayer | SpiralFormerStaticLatentLayer", change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Applies a change of the batch dimension to a layer's keys and values, and to the level where it owns one."""
+    if layer.level is None:
+        return
+    if layer.owns_level:
+        layer.level.map_rows(change)
+    layer.keys, layer.values = change(layer.keys), change(layer.values)
 
 
 def forget(layer: DynamicLayer) -> None:
@@ -506,7 +498,8 @@ def restart(cache: Cache) -> None:
     """Forgets a cache that holds no token, so that it may go on with another number of rows."""
     for layer in cache.layers:
         forget(layer)
-        layer.level = None
+        if isinstance(getattr(layer, "level", None), Level):
+            layer.level = None
 
 
 def holds_nothing(layer: DynamicLayer) -> bool:

@@ -43,9 +43,9 @@ class LeftPadding:
 class Filling:
     """The chunks of one level that one call completes: latent columns `first` to `last` (excluded).
 
-    Where rows agree (no padding) every tensor but `position_ids` is None. In a padded batch some of the (row, column)
-    pairs are not filled by this call: they are computed along and left out, by `fresh` when written to a cache and by
-    `valid` when attended to.
+    Where rows agree (no padding) `member_columns` is an integer, and `rows`, `valid` and `fresh` are None. In a padded
+    batch some of the (row, column) pairs are not filled by this call: they are computed along and left out, by `fresh`
+    when written to a cache and by `valid` when attended to.
 
     Args:
         rows: `(R,)` the rows of the batch that run, or None for all of them.
@@ -203,4 +203,4 @@ def read_left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.bool().cumsum(dim=-1) == 0).sum(dim=-1)
 
 
-__all__ = ["ChunkGrid", "Filling", "LeftPadding"]
+__all__ = ["ChunkGrid", "Filling", "LeftPadding", "read_left_padding"]

@@ -371,9 +371,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             static = cache is not None and cache.is_compileable  # its masks have the length of its store
             columns = cache.layers[-1].get_max_length() if static else past + length
             return known, None if known is None else known.real_columns(columns), False, past
-        for level in levels:
-            level.mask_unchecked = compiling
         if compiling:
+            for level in levels:
+                level.mask_unchecked = True
             return LeftPadding(read_left_padding(attention_mask)), attention_mask, False, past
 
         real = attention_mask.bool()
@@ -394,6 +394,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
                 f"but got {pads.tolist()}."
             )
+        for level in levels:
+            level.mask_unchecked = False
         if not settled:
             known = LeftPadding(pads) if padded else None
         return known, attention_mask if padded or right_padded else None, right_padded, past
