@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_logits
 from support import large_weights, model_options, pad_rows, random_ids, small_config, small_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from modeling_spiralformer import (
     SpiralFormerForCausalLM,
@@ -265,6 +265,9 @@ def test_a_cache_is_dropped_under_gradient_checkpointing():
     model = small_model().train()
     model.gradient_checkpointing_enable()
     assert model(random_ids(1, 9), use_cache=True).past_key_values is None
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 9), past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert cache.get_seq_length() == 0 and all(layer.keys is None for layer in cache.layers)
 
 
 @variety
