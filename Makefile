@@ -23,7 +23,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
 	@touch $(STAMP)
 
 # torch first here as well; the rest without constraints.txt, whose transformers is the newest supported.

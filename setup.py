@@ -15,8 +15,19 @@ setup(
     python_requires=">=3.11",
     install_requires=["transformers>=5.17,<6", "torch", "safetensors"],
     extras_require={
-        "train": ["accelerate", "datasets", "evaluate"],
-        "eval": ["lm-eval"],
-        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "pyyaml", "ruff", "tokenizers"],
+        "train": ["accelerate", "datasets", "evaluate", "peft", "trl"],
+        "eval": ["evaluate", "lm-eval[hf]"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "pytest",
+            "pytest-xdist",
+            "pyyaml",
+            "ruff",
+            "tokenizers",
+            "torchao",
+            "transformers-mlinter",
+            "transformers[serving]",
+        ],
     },
 )

@@ -1,62 +1,42 @@
 """README and docs are part of the product: their snippets run, their commands exist, their links lead somewhere."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from documents import PAGES, ROOT, blocks, commands, run
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenization" / "README.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
-BLOCK = re.compile(r"(<!-- needs the network -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-BLOCKS = [(page, *match) for page in PAGES for match in BLOCK.findall(page.read_text())]
-
-
-def blocks(language: str) -> list[tuple[str, bool]]:
-    """Code blocks in one language: text, and whether it needs the network."""
-    return [(text, bool(network)) for _, network, kind, text in BLOCKS if kind == language]
-
-
-def commands() -> list[str]:
-    return [line for text, _ in blocks("bash") for line in text.strip().splitlines()]
-
-
-@pytest.fixture
-def workplace(tmp_path) -> Path:
-    """A folder that looks like the repository to a command, and takes what the command writes."""
-    for name in ("configuration", "scripts", "tokenization"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 2000)
-    return tmp_path
-
-
-def run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+# Pages whose commands need more than one folder to run in: a test module of their own runs them, all of them.
+PAGES_WITH_TESTS = {page: ROOT / "tests" / f"test_{page.stem}.py" for page in PAGES}
+PAGES_WITH_TESTS = {page: test for page, test in PAGES_WITH_TESTS.items() if test.is_file() and page.stem != "README"}
+COMMANDS = [line for page in PAGES if page not in PAGES_WITH_TESTS for line in commands(page)]
+SNIPPETS = [(text, network) for page in PAGES for text, network in blocks(page, "python")]
 
 
 def test_there_is_something_to_run():
-    assert len(blocks("python")) >= 2 and len(commands()) >= 7
+    assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 7
 
 
-@pytest.mark.parametrize("text", [text for text, network in blocks("python") if not network])
+@pytest.mark.parametrize("page, test", PAGES_WITH_TESTS.items())
+def test_a_page_with_commands_and_a_test_module_is_run_by_it(page, test):
+    assert not commands(page) or f'commands("docs/{page.name}")' in test.read_text()
+
+
+@pytest.mark.parametrize("text", [text for text, network in SNIPPETS if not network])
 def test_python_snippets_run(text, workplace):
     run([sys.executable, "-c", text], workplace)
 
 
-@pytest.mark.parametrize("text", [text for text, network in blocks("python") if network])
+@pytest.mark.parametrize("text", [text for text, network in SNIPPETS if network])
 def test_snippets_that_need_the_network_run_but_for_the_download(text, workplace):
     local = re.sub(r'from_pretrained\("EleutherAI/[^"]*"\)', 'from_pretrained("tokenization")', text)
     assert local != text
     run([sys.executable, "-c", local], workplace)
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if "scripts/train.py" in line])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "scripts/train.py" in line])
 def test_training_commands_run(command, workplace):
     words = shlex.split(command)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"] if words[0] == "accelerate" else [sys.executable]
@@ -64,7 +44,7 @@ def test_training_commands_run(command, workplace):
 
 
 def test_the_tokenizer_command_runs(workplace):
-    (command,) = (line for line in commands() if "train_tokenizer" in line)
+    (command,) = (line for line in COMMANDS if "train_tokenizer" in line)
     run([sys.executable, *shlex.split(command)[1:]], workplace)
     settings = (workplace / "my_tokenizer" / "tokenizer_config.json").read_text()
     assert settings == (ROOT / "tokenization" / "tokenizer_config.json").read_text()
@@ -72,10 +52,10 @@ def test_the_tokenizer_command_runs(workplace):
 
 def test_every_other_command_is_a_target_of_make_or_an_installation():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {words[1] for words in map(shlex.split, commands()) if words[0] == "make"}
+    named = {words[1] for words in map(shlex.split, COMMANDS) if words[0] == "make"}
     named |= {name for page in PAGES for name in re.findall(r"`make ([\w-]+)`", page.read_text())}
     assert {"quickstart", "test", "fuzz", "test-min", "table", "memory"} <= named <= targets
-    others = [line for line in commands() if "scripts/train" not in line and not line.startswith("make ")]
+    others = [line for line in COMMANDS if "scripts/train" not in line and not line.startswith("make ")]
     assert others == ['pip install -c constraints.txt ".[train]"']
     assert (ROOT / "constraints.txt").is_file()
 

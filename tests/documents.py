@@ -1,0 +1,31 @@
+"""The code blocks of README and docs, and a way to run them."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenization" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"(<!-- needs the network -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: str | Path, language: str) -> list[tuple[str, bool]]:
+    """Code blocks of a page in one language: text, and whether it needs the network."""
+    found = BLOCK.findall((ROOT / page).read_text())
+    return [(text, bool(network)) for network, kind, text in found if kind == language]
+
+
+def commands(page: str | Path) -> list[str]:
+    """The lines of a page's bash blocks; a line that ends in a backslash goes on in the next."""
+    text = "\n".join(text.strip() for text, _ in blocks(page, "bash"))
+    return [re.sub(r"\s+", " ", line) for line in text.replace("\\\n", " ").splitlines()]
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    """Runs a command in a folder with this checkout's package, and returns what it printed; it must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
