@@ -1,331 +1,61 @@
-"""The multi-resolution KV cache: one cache layer per core call, and the state of each level between calls.
+"""The multi-resolution KV cache: one cache layer per layer call; `DynamicCache(config=...)` builds them from
+`config.layer_types`. `docs/cache.md` has the layout and its cost.
 
-`DynamicCache(config=...)` builds these layers from `config.layer_types`; `docs/cache.md` has the layout and its cost.
-
-Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), G tokens in a chunk, D hidden
-size, H heads.
+Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), D hidden size, H heads.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding
-from .configuration_spiralformer import LATENT_LAYER_TYPE, SpiralFormerConfig
+from .chunking_spiralformer import ChunkGrid, Filling
+from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
+from .level_spiralformer import ColumnStore, Level, StaticLevel, write_columns, write_one_column
 
 
-def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, origin: int = 0) -> torch.Tensor:
-    """Writes what a call computed into columns `filling.first` ... of a store of latent columns.
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer whose keys and values grow without being copied at every step."""
 
-    Args:
-        stored: `(B, ..., columns, D)`; its first column is latent column `origin`.
-        new: `(R, ..., K, D)`, one entry per row that runs and latent column of `filling`.
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.key_store, self.value_store = ColumnStore(), ColumnStore()
 
-    Returns:
-        `(B, ..., columns, D)`, long enough for `filling.last`. Pairs that `filling` does not fill keep what they had.
-    """
-    first, last = filling.first - origin, filling.last - origin
-    if filling.fresh is None:
-        return torch.cat([stored, new], dim=-2)
-    grown = nn.functional.pad(stored, (0, 0, 0, max(0, last - stored.shape[-2])))
-    rows = slice(None) if filling.rows is None else filling.rows
-    fresh = filling.fresh.view(filling.fresh.shape[0], *[1] * (new.dim() - 3), -1, 1)
-    merged = torch.where(fresh, new, grown[rows][..., first:last, :])
-    block = grown[..., first:last, :].clone()
-    block[rows] = merged
-    return torch.cat([grown[..., :first, :], block, grown[..., last:, :]], dim=-2)
-
-
-def write_one_column(stored: torch.Tensor, new: torch.Tensor, column: torch.Tensor, filling: Filling) -> None:
-    """Writes `(B, ..., 1, D)` into one column (a tensor) of a store `(B, ..., columns, D)` of fixed address."""
-    if filling.fresh is not None:
-        fresh = filling.fresh.view(-1, *[1] * (new.dim() - 1))
-        new = torch.where(fresh, new, stored.index_select(-2, column[None]))
-    stored.index_copy_(-2, column[None], new)
-
-
-class Level:
-    """One resolution between calls: the tokens of the open chunks and the newest latents.
-
-    Training, prefill and decoding are the same three steps: `feed` new token states, `store` the latents of the chunks
-    that they fill, `read` the update of every new token.
-
-    Args:
-        grid (`ChunkGrid`): the level's chunks.
-        cached (`bool`): keep what the next call needs. False for a forward without a cache, after which the level is
-            dropped; it runs every row of a padded batch and reads nothing from the device.
-    """
-
-    def __init__(self, grid: ChunkGrid, cached: bool):
-        self.grid = grid
-        self.cached = cached
-        self.recording = False
-        self.right_padded = False
-        self.mask_unchecked = False  # a compiled call took a mask whose values it could not look at
-        self.unfinished = False  # a forward has begun and not ended: an error may have left any part half written
-        self.padding: LeftPadding | None = None
-        self.seen = 0  # columns of the batch so far
-        self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
-        self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
-        self.first_latent = 0
-
-    @property
-    def skips_idle_rows(self) -> bool:
-        """Whether rows of a padded batch that fill nothing are left out of the core."""
-        return self.cached
-
-    @property
-    def rows(self) -> int:
-        """B, the number of rows that are kept."""
-        return self.tokens.shape[0]
-
-    def feed(self, states: torch.Tensor) -> Filling | None:
-        """Takes `(B, S, D)` new token states; returns what they fill, None where they fill nothing."""
-        start, self.seen = self.seen, self.seen + states.shape[1]
-        self.tokens = states if self.tokens is None else torch.cat([self.tokens, states], dim=1)
-        return self.grid.filling(start, self.seen, self.padding, states.device, skip_idle=self.skips_idle_rows)
-
-    def members(self, filling: Filling) -> torch.Tensor:
-        """The token states `(R, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
-        window_start = self.seen - self.tokens.shape[1]
-        size = self.grid.size
-        if isinstance(filling.member_columns, int):
-            start = filling.member_columns - window_start
-            window = nn.functional.pad(self.tokens, (0, 0, -start, 0)) if start < 0 else self.tokens[:, start:]
-            return window[:, : filling.count * size].unflatten(1, (-1, size))
-        window = self.tokens if filling.rows is None else self.tokens[filling.rows]
-        index = (filling.member_columns - window_start).clamp(0, window.shape[1] - 1)
-        rows = torch.arange(window.shape[0], device=window.device).view(-1, 1, 1)
-        return window[rows, index]
-
-    def store(self, latents: torch.Tensor, filling: Filling) -> None:
-        """Keeps the core's outputs `(R, K, D)` for the tokens that will read them."""
-        if self.latents is None:
-            self.first_latent = filling.first
-            empty_shape = (self.tokens.shape[0], 0, latents.shape[-1])
-            self.latents = latents.new_zeros(empty_shape) if filling.rows is not None else latents
-            if filling.rows is None:
-                return
-        self.latents = write_columns(self.latents, latents, filling, origin=self.first_latent)
-
-    def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The updates `(B, S, D)` of the newest `length` tokens, zero where a token has nothing to read yet.
-
-        Args:
-            up: the up-scaling, from latents `(B, K, D)` to the updates of their slots `(B, K * G, D)`.
-        """
-        start, first, readable = self.seen - length, self.first_latent, self.latents
-        if self.cached and readable is not None:
-            first = max(first, self.grid.first_kept_latent(start, self.padding))
-            readable = readable[:, first - self.first_latent :]
-        if readable is None or readable.shape[1] == 0:
-            updates = torch.zeros_like(self.tokens[:, -length:])
-        else:
-            updates = self._shift(up(readable), first, start, length)
-        if self.cached:
-            self._trim()
-        else:
-            self.tokens = self.latents = None
-        return updates
-
-    def _shift(self, updates: torch.Tensor, first: int, start: int, length: int) -> torch.Tensor:
-        """Picks the slot that each of `length` tokens from column `start` reads, out of latent columns `first` ..."""
-        slots_before = first * self.grid.size
-        if self.padding is None:
-            before = min(max(0, self.grid.shift - start), length)  # tokens that would read before the first one
-            position = self.grid.read_position(start + before, self.grid.phase(0)) - slots_before
-            shifted = updates[:, position : position + length - before]
-            return nn.functional.pad(shifted, (0, 0, before, 0)) if before else shifted
-        pads = self.padding.columns[:, None]
-        columns = torch.arange(start, start + length, device=updates.device)
-        readable = columns - self.grid.shift >= pads
-        position = self.grid.read_position(columns, self.grid.phase(pads)) - slots_before
-        index = position.clamp(0, updates.shape[1] - 1)
-        rows = torch.arange(updates.shape[0], device=updates.device)[:, None]
-        return updates[rows, index] * readable[..., None].to(updates.dtype)
-
-    def _trim(self) -> None:
-        """Drops the states that no later call needs; clones, or a slice would keep the whole prefill alive."""
-        if self.recording:
-            return
-        open_tokens = self.grid.open_tokens(self.seen, self.padding)
-        if open_tokens < self.tokens.shape[1]:
-            self.tokens = self.tokens[:, self.tokens.shape[1] - open_tokens :].clone()
-        if self.latents is not None:
-            kept = self.grid.first_kept_latent(self.seen, self.padding)
-            if kept > self.first_latent:
-                self.latents = self.latents[:, kept - self.first_latent :].clone()
-                self.first_latent = kept
-
-    # -- cache operations ---------------------------------------------------------------------------------------
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Goes back by `tokens_to_remove` columns. Raises `ValueError` where the states of that point are gone."""
-        target = self.seen - tokens_to_remove
-        padding = None if self.padding is None else self.padding.cropped(target)
-        open_tokens = self.grid.open_tokens(target, padding)
-        first_token = self.seen - self.tokens.shape[1]
-        read = self.grid.first_read_latent(target, padding)
-        tokens_gone = target < 0 or target - open_tokens < first_token
-        if tokens_gone or (read is not None and read < self.first_latent):
-            raise ValueError(
-                f"`crop` must go back over tokens that the cache still covers, but got -{tokens_to_remove} after "
-                f"{self.seen} tokens: the states of chunk size {self.grid.size} at that point are gone. Call "
-                "`activate_past_recording()` before feeding the tokens that may be cropped."
-            )
-        self.tokens = self.tokens[:, target - open_tokens - first_token : target - first_token].clone()
-        if self.latents is not None:
-            # Columns before `first_latent` are read by nobody (checked above): room for what fills there next.
-            kept = self.grid.first_kept_latent(target, padding)
-            latents = nn.functional.pad(self.latents, (0, 0, max(0, self.first_latent - kept), 0))
-            origin = min(self.first_latent, kept)
-            self.latents = latents[:, kept - origin : self.grid.latent_columns(target, padding) - origin].clone()
-            self.first_latent = kept
-        self.padding, self.seen = padding, target
-
-    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies a change of the batch dimension (reorder, select, repeat) to all that is kept per row."""
-        self.tokens = change(self.tokens)
-        if self.latents is not None:
-            self.latents = change(self.latents)
-        if self.padding is not None:
-            self.padding = LeftPadding(change(self.padding.columns))
-
-
-class StaticLevel(Level):
-    """A level in tensors of fixed size and address, so that a decode step compiles.
-
-    Tokens and latents sit in rings: batch column a in slot a mod g, latent column c in slot c mod n. Python integers
-    only choose whether the core runs; every position in a one-token step is a tensor. A padded batch runs all its rows
-    at columns where any of them fills, and writes only those that do. Longer calls unpack the rings, go the way of
-    `Level`, and pack them again.
-
-    Args:
-        max_tokens (`int`): columns of the batch that fit.
-        states: `(B, 0, D)`, no states in the dtype and on the device of those to come.
-    """
-
-    def __init__(self, grid: ChunkGrid, max_tokens: int, states: torch.Tensor):
-        super().__init__(grid, cached=True)
-        self.max_tokens = max_tokens
-        self.max_latents = -(-max_tokens // grid.size)
-        latents_read = 2 + -(-(grid.shift - grid.size + 1) // grid.size)
-        self.token_ring = states.new_zeros(states.shape[0], grid.size, states.shape[2])
-        self.latent_ring = states.new_zeros(states.shape[0], latents_read, states.shape[2])
-        self.column = torch.zeros((), dtype=torch.long, device=states.device)  # `seen`, for the compiled graph
-
-    @property
-    def skips_idle_rows(self) -> bool:
-        return False
-
-    @property
-    def rows(self) -> int:
-        return self.token_ring.shape[0]
-
-    def feed(self, states: torch.Tensor) -> Filling | None:
-        if states.shape[1] > 1:
-            self._unpack()
-            return super().feed(states)
-        self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
-        self.seen += 1
-        distance = 1
-        for pads in {0} if self.padding is None else set(self.padding.on_host):
-            distance *= (self.seen - 1 - self.grid.phase(pads)) % self.grid.size
-        # One condition on one product, or a compiled step would be compiled again for each row's phase on its own.
-        if distance != 0:
-            return None
-        return self._filling_of_one_token()
-
-    def _pads(self) -> torch.Tensor:
-        """Left padding as a column vector `(B or 1, 1)`."""
-        return self.column.new_zeros(1, 1) if self.padding is None else self.padding.columns[:, None]
-
-    def _filling_of_one_token(self) -> Filling:
-        pads, size = self._pads(), self.grid.size
-        latent = self.column // size
-        slots = torch.arange(size, device=pads.device)
-        ring_columns = self.column - (self.column - slots) % size
-        valid = fresh = None
-        if self.padding is not None:
-            latents = torch.arange(self.max_latents, device=pads.device)
-            filled = latents * size + self.grid.phase(pads) <= self.column
-            valid = filled & (latents >= self.grid.first_latent(pads))
-            fresh = self.column % size == self.grid.phase(pads)
-        return Filling(
-            first=latent,
-            last=self.max_latents,
-            position_ids=(latent - self.grid.first_latent(pads)).clamp(min=0),
-            member_columns=ring_columns,
-            present=(ring_columns >= pads)[:, None],
-            valid=valid,
-            fresh=fresh,
-        )
-
-    def members(self, filling: Filling) -> torch.Tensor:
-        if isinstance(filling.first, torch.Tensor):
-            return self.token_ring[:, None]
-        return super().members(filling)
-
-    def store(self, latents: torch.Tensor, filling: Filling) -> None:
-        if isinstance(filling.first, torch.Tensor):
-            write_one_column(self.latent_ring, latents, filling.first % self.latent_ring.shape[1], filling)
-        else:
-            super().store(latents, filling)
-
-    def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        if self.tokens is not None:
-            return super().read(length, up)
-        pads, size = self._pads(), self.grid.size
-        position = self.grid.read_position(self.column, self.grid.phase(pads))
-        rows = torch.arange(self.rows, device=pads.device)[:, None]
-        latents = self.latent_ring[rows, position // size % self.latent_ring.shape[1]]
-        updates = up(latents)[rows, position % size]
-        readable = self.column - self.grid.shift >= pads
-        self.column.add_(1)
-        return updates * readable[..., None].to(updates.dtype)
-
-    def _unpack(self) -> None:
-        """Rings to the tensors in order that `Level` works on."""
-        device = self.column.device
-        open_tokens = self.grid.open_tokens(self.seen, self.padding)
-        self.tokens = self.token_ring[
-            :, torch.arange(self.seen - open_tokens, self.seen, device=device) % self.grid.size
-        ]
-        self.first_latent = self.grid.first_kept_latent(self.seen, self.padding)
-        columns = torch.arange(self.first_latent, self.grid.latent_columns(self.seen, self.padding), device=device)
-        self.latents = self.latent_ring[:, columns % self.latent_ring.shape[1]] if len(columns) else None
-
-    def _trim(self) -> None:
-        """Packs what the next call may need back into the rings."""
-        device = self.column.device
-        count = min(self.tokens.shape[1], self.grid.size)
-        slots = torch.arange(self.seen - count, self.seen, device=device) % self.grid.size
-        self.token_ring.index_copy_(1, slots, self.tokens[:, self.tokens.shape[1] - count :])
-        if self.latents is not None:
-            count = min(self.latents.shape[1], self.latent_ring.shape[1])
-            last = self.first_latent + self.latents.shape[1]
-            slots = torch.arange(last - count, last, device=device) % self.latent_ring.shape[1]
-            self.latent_ring.index_copy_(1, slots, self.latents[:, self.latents.shape[1] - count :])
-        self.tokens = self.latents = None
-        self.column.fill_(self.seen)
-
-    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.token_ring, self.latent_ring = change(self.token_ring), change(self.latent_ring)
-        if self.padding is not None:
-            self.padding = LeftPadding(change(self.padding.columns))
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Starts with no columns, in the shape, dtype and on the device of `(B, H, K, D // H)` states to come."""
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
 
     def reset(self) -> None:
-        """Forgets every state and keeps the tensors."""
-        self.seen, self.padding = 0, None
-        self.right_padded = self.mask_unchecked = self.unfinished = False
-        for state in (self.token_ring, self.latent_ring, self.column):
-            state.zero_()
+        """Forgets every state."""
+        forget(self)
+        self.key_store, self.value_store = ColumnStore(), ColumnStore()
 
 
-class SpiralFormerLatentLayer(DynamicLayer):
+class SpiralFormerTokenLayer(GrowingLayer):
+    """Keys and values over tokens, of one layer of prelude or coda."""
+
+    _layer_type = TOKEN_LAYER_TYPE
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds `(B, H, S, D // H)` keys and values; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self.key_store.append(self.keys, key_states)
+        self.values = self.value_store.append(self.values, value_states)
+        return self.keys, self.values
+
+
+class SpiralFormerStaticTokenLayer(StaticLayer):
+    """The library's static layer, for `StaticCache`."""
+
+    _layer_type = TOKEN_LAYER_TYPE
+
+
+class SpiralFormerLatentLayer(GrowingLayer):
     """Keys and values over the latents of one (iteration, core layer); registered for `DynamicCache(config=...)`.
 
     The first core layer of an iteration owns its level, the others share it. A layer is built without arguments and
@@ -353,7 +83,6 @@ class SpiralFormerLatentLayer(DynamicLayer):
             self.level.recording = self.record_past
         self.level = owner.level
         self.lazy_initialization(empty, empty)
-        self.keys, self.values = empty, empty
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, filling: Filling | None = None, *args, **kwargs
@@ -365,8 +94,8 @@ class SpiralFormerLatentLayer(DynamicLayer):
         """
         if filling is None:
             raise ValueError("`filling` must say which chunks the keys belong to: this cache layer holds latents.")
-        self.keys = write_columns(self.keys, key_states, filling)
-        self.values = write_columns(self.values, value_states, filling)
+        self.keys = write_columns(self.keys, key_states, filling, self.key_store)
+        self.values = write_columns(self.values, value_states, filling, self.value_store)
         if filling.rows is None:
             return self.keys[..., : filling.last, :], self.values[..., : filling.last, :]
         return self.keys[filling.rows, :, : filling.last], self.values[filling.rows, :, : filling.last]
@@ -400,7 +129,7 @@ class SpiralFormerLatentLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets every state."""
-        forget(self)
+        super().reset()
         self.level = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -591,4 +320,11 @@ class SlotView:
         return self.filling.last, 0
 
 
-__all__ = ["Level", "SlotView", "SpiralFormerLatentLayer", "SpiralFormerStaticLatentLayer", "bind_levels"]
+__all__ = [
+    "SlotView",
+    "SpiralFormerLatentLayer",
+    "SpiralFormerStaticLatentLayer",
+    "SpiralFormerStaticTokenLayer",
+    "SpiralFormerTokenLayer",
+    "bind_levels",
+]

@@ -6,8 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-# Layer types of the KV cache: tokens use the library's own, latents the ones `cache_spiralformer` registers.
-TOKEN_LAYER_TYPE = "full_attention"
+# Layer types of the KV cache, as `cache_spiralformer` registers them.
+TOKEN_LAYER_TYPE = "spiralformer_token_attention"
 LATENT_LAYER_TYPE = "spiralformer_latent_attention"
 
 DOWN_SCALINGS = ("self_aggregation", "mean")

@@ -1,7 +1,7 @@
 """SpiralFormer (arXiv 2602.11698): a looped Transformer whose shared core runs once per resolution, coarse to fine.
 
 `SpiralFormerModel.forward` is the paper's Algorithm 1. Chunk geometry lives in `chunking_spiralformer`, what is kept
-between calls in `cache_spiralformer`; the layers are GPT-NeoX's own.
+between calls in `level_spiralformer` and `cache_spiralformer`; the layers are GPT-NeoX's own.
 
 Shape letters: B batch, R rows of the batch that run, S new tokens (all L of them without a cache), K chunks (latents)
 of a level, G tokens in a chunk, D hidden size, T iterations, N slots of MeSH.
@@ -29,9 +29,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_spiralformer import Level, SlotView, bind_levels
+from .cache_spiralformer import SlotView, bind_levels
 from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding, read_left_padding
 from .configuration_spiralformer import SpiralFormerConfig
+from .level_spiralformer import Level
 
 
 class SpiralFormerResolution(nn.Module):

@@ -11,6 +11,7 @@ from support import random_ids, small_config, small_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer.configuration_spiralformer import TOKEN_LAYER_TYPE
 
 
 def test_defaults_are_the_160m_spiralformer_b():
@@ -25,8 +26,8 @@ def test_defaults_are_the_160m_spiralformer_b():
 def test_derived_values_follow_the_schedule_and_cannot_be_set():
     config = small_config(num_prelude_layers=2, num_core_layers=3, num_coda_layers=1, chunk_sizes=[4, 2])
     assert config.num_hidden_layers == len(config.layer_types) == 2 + 2 * 3 + 1
-    assert config.layer_types[0] == config.layer_types[-1] == "full_attention"
-    assert len(set(config.layer_types[2:8])) == 1 and "full_attention" not in config.layer_types[2:8]
+    assert config.layer_types[0] == config.layer_types[-1] == TOKEN_LAYER_TYPE
+    assert len(set(config.layer_types[2:8])) == 1 and TOKEN_LAYER_TYPE not in config.layer_types[2:8]
     for field, value in (("num_hidden_layers", 4), ("layer_types", ["full_attention"])):
         with pytest.raises(ValueError, match=field):
             setattr(config, field, value)

@@ -7,8 +7,9 @@ import torch
 from histories import random_history
 
 from modeling_spiralformer import cache_spiralformer
-from modeling_spiralformer.cache_spiralformer import Level, SpiralFormerLatentLayer, write_columns
+from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid, LeftPadding
+from modeling_spiralformer.level_spiralformer import ColumnStore, Level, write_columns
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerModel
 
 MODELS = (
@@ -112,10 +113,16 @@ def trimmed_one_token_too_many(self, columns, padding):
     return max(0, ORIGINAL["open_tokens"](self, columns, padding) - 1)
 
 
-def filled_columns_written_again(stored, new, filling, origin=0):
+def filled_columns_written_again(stored, new, filling, *args, **kwargs):
     if filling.fresh is not None:
         filling = replace(filling, fresh=torch.ones_like(filling.fresh))
-    return write_columns(stored, new, filling, origin)
+    return write_columns(stored, new, filling, *args, **kwargs)
+
+
+def store_goes_on_after_a_change_of_rows(self, stored, new):
+    if self.held is not None and stored.shape == self.held.shape:
+        stored = self.held
+    return ORIGINAL["append"](self, stored, new)
 
 
 ORIGINAL = {
@@ -127,6 +134,7 @@ ORIGINAL = {
     "open_tokens": ChunkGrid.open_tokens,
     "read_position": ChunkGrid.read_position,
     "attend": SpiralFormerLatentLayer.attend,
+    "append": ColumnStore.append,
 }
 
 MUTATIONS = {
@@ -184,6 +192,7 @@ MUTATIONS = {
         "write_columns",
         filled_columns_written_again,
     ),
+    "store goes on after a change of rows": (ColumnStore, "append", store_goes_on_after_a_change_of_rows),
 }
 
 
