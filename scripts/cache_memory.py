@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from transformers import DynamicCache, HfArgumentParser
+from transformers.cache_utils import CacheLayerMixin
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -43,11 +44,16 @@ def cache_bytes(config: SpiralFormerConfig, length: int, batch: int, dtype: torc
     names += ["coda"] * config.num_coda_layers
     held = dict.fromkeys(names, 0)
     for name, layer in zip(names, cache.layers, strict=True):
-        states = [layer.keys, layer.values]
-        if getattr(layer, "owns_level", False):
-            states += [layer.level.tokens, layer.level.latents]
-        held[name] += sum(state.numel() * state.element_size() for state in states if state is not None)
+        held[name] += layer_bytes(layer)
     return held
+
+
+def layer_bytes(layer: CacheLayerMixin) -> int:
+    """Bytes of memory behind the states of a cache layer, what is spare of it included."""
+    states = [layer.keys, layer.values]
+    if getattr(layer, "owns_level", False):
+        states += [layer.level.tokens, layer.level.latents]
+    return sum(state.untyped_storage().nbytes() for state in states if state is not None)
 
 
 def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:

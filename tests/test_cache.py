@@ -188,6 +188,57 @@ def test_bytes_held_follow_the_formula(name):
     assert extra <= sum(g + 1 - (-(s - g + 1) // g) for g, s in zip(config.chunk_sizes, shifts, strict=True))
 
 
+def test_spare_room_of_a_growing_cache_is_held_to_the_formula_too():
+    """Keys grow in place, with room for a few more columns; counted by the memory behind them."""
+    model = small_model(chunk_sizes=[8, 2], num_core_layers=1, dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_ids(1, 2048), past_key_values=cache)
+        places = set()
+        for _ in range(70):
+            model(random_ids(1, 1), past_key_values=cache)
+            places.add(cache.layers[0].keys.data_ptr())
+            formula = cache.get_seq_length() * 2 * 16 * 4 * (2 + 1 / 8 + 1 / 2)
+            held = sum(state.untyped_storage().nbytes() for state in states_of(cache))
+            assert held / formula < 1.02
+    assert len(places) <= 4  # moved only when the room was full
+
+
+def test_a_growing_cache_survives_gradients_and_inference_mode():
+    """What records gradients, or was made where nothing may be written, is copied and not written into."""
+    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(2, 40)
+    expected = model(ids, use_cache=False).logits
+    for first, then in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        cache = DynamicCache(config=model.config)
+        with first():
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+        with then():
+            logits = [model(ids[:, [column]], past_key_values=cache).logits for column in range(21, 40)]
+        assert torch.allclose(torch.cat(logits, dim=1), expected[:, 21:], atol=1e-9, rtol=0)
+
+    cache = DynamicCache(config=model.config)
+    steps = [model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)]
+    torch.cat(steps, dim=1).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(ids, use_cache=False).logits.square().sum().backward()
+    for found, parameter in zip(gradients, model.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, atol=1e-7, rtol=1e-7)
+
+
+def test_a_copy_of_a_growing_cache_goes_its_own_way():
+    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(1, 110)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, 100:101], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        model(random_ids(1, 5, seed=7), past_key_values=twin)
+        logits = model(ids[:, 101:], past_key_values=cache).logits
+        assert torch.allclose(logits, model(ids, use_cache=False).logits[:, 101:], atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("pads", [[0, 0], [3, 10]])
 def test_state_between_calls_stays_small(pads):
     """At most g + 1 + ceil((s - g + 1) / g) states a level and row; and no state keeps a longer tensor alive."""

@@ -1,0 +1,171 @@
+"""The benchmark: what it counts is what runs, and every table and picture comes out of a small run."""
+
+import json
+
+import benchmark
+import plot_benchmark
+import pytest
+import torch
+from benchmark import EVERY, FLOORED, BenchmarkArguments, DecodeSetting, Grid
+from benchmark_models import DEEP, MODELS, PLAIN, ModelSize
+from benchmark_workloads import DECODE_STEPS, Decode, Floor, call_lengths, count_flops, decode_calls, peak_bytes
+from plot_benchmark import GridResults, Ratio
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+
+SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
+CPU, META = torch.device("cpu"), torch.device("meta")
+LOOPED = [name for name, model in MODELS.items() if model.topology is not None]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    """A run over the whole set of models, as written to disk and read again."""
+    grid = Grid(
+        size=SIZE,
+        dtype="float32",
+        prefill_lengths=(32, 64),
+        training_lengths=(32, 64),
+        context=48,
+        decode=(
+            DecodeSetting(1, EVERY, FLOORED),
+            DecodeSetting(4, FLOORED),
+            DecodeSetting(4, FLOORED, FLOORED, ragged=True),
+        ),
+    )
+    path = tmp_path_factory.mktemp("benchmark") / "results.json"
+    benchmark.run((grid,), BenchmarkArguments(repeats=1, threads=1, output=str(path)))
+    return json.loads(path.read_text())
+
+
+def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    monkeypatch.setattr(
+        "sys.argv", ["plot_benchmark.py", "--results", str(path), "--plot", str(tmp_path / "picture.png")]
+    )
+    plot_benchmark.main()
+    printed = capsys.readouterr().out
+    for title in (
+        "Prefill",
+        "Training",
+        "Decode, batch 1,",
+        "Decode, batch 4, ragged",
+        "bare matrix",
+        "MeSH over anchor",
+    ):
+        assert title in printed
+    assert all(printed.count(f"| {name} |") >= 2 for name in MODELS)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert results["machine"]["threads"] == 1 and len(results["machine"]["load"]) == 3
+
+
+def test_a_model_as_fast_as_its_counts_has_quotient_one(results):
+    made = json.loads(json.dumps(results))
+    grid = GridResults(made["grids"][0])
+    equivalents = {name: grid.counts[name]["layer_equivalents"] for name in MODELS}
+    for sample in grid.samples:
+        if sample["workload"] == "training":
+            sample["seconds"] = [2e-9 * grid.flops(sample["model"], sample["length"], "training")]
+        if sample["workload"] == "decode":
+            sample["seconds"] = [[0.5 * equivalents[sample["model"]]] * DECODE_STEPS]
+        if sample["workload"] == "bare products":
+            sample["seconds"] = [[0.4 * equivalents[sample["model"]]] * DECODE_STEPS]
+    key = {"batch": 1, "ragged": False, "compiled": False}
+    for name in ("spiralformer-b", "spiralformer-l", DEEP):
+        assert grid.time_over_flops("training", name, 64).median == pytest.approx(1)
+        assert grid.decode_quotient(name, **key).median == pytest.approx(1)
+    assert grid.floor_speed("spiralformer-l", **key).median == pytest.approx(0.8)
+    assert grid.percentiles(PLAIN, **key) == pytest.approx([1500.0] * 4)
+    assert grid.peak_ratio(PLAIN, 64) == pytest.approx(1) and grid.peak_ratio(DEEP, 64) == pytest.approx(1)
+    assert str(Ratio.of([3.0, 2.0, 4.0], [1.0, 1.0, 1.0])) == "3.000 (2.500-3.500)"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", [None, [0, 3, 7, 12]])
+def test_the_floor_runs_the_layer_calls_that_decoding_runs(name, padding):
+    """The same layers on the same number of rows, step by step: a hook counts what the model does."""
+    model = MODELS[name].build(SIZE, CPU, torch.float32)
+    decode = Decode(model, len(padding or [0]), 48, padding)
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, GPTNeoXLayer):
+            layer.register_forward_pre_hook(lambda layer, inputs: seen.append((layer, inputs[0].shape[0])))
+    decode()
+    steps = [decode_calls(model, column, padding or [0]) for column in range(48, 48 + DECODE_STEPS)]
+    assert seen == [(call.layer, call.rows) for calls in steps for call in calls]
+    assert len(Floor(model, len(padding or [0]), 48, padding)()) == DECODE_STEPS
+    if padding is None:
+        assert len(seen) / DECODE_STEPS == MODELS[name].layer_equivalents(SIZE.layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_of_the_layers(name):
+    """Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward."""
+    model, length, size = MODELS[name].build(SIZE, META, torch.float32), 96, SIZE.width
+    flops = count_flops(model, length)
+    lengths = call_lengths(model, length)
+    layers = sum(24 * n * size**2 + 4 * n**2 * size for n in lengths)
+    head = 2 * size * SIZE.vocabulary
+    # What a looped model adds: routers, scorers and allocators, a few numbers wide.
+    assert flops["prefill"] - layers - head == pytest.approx(0, abs=0.05 * layers if name in LOOPED else 0)
+    assert flops["training"] == pytest.approx(3 * (layers + length * head), rel=0.05 if name in LOOPED else 1e-12)
+    assert flops["prefill"] - flops["prefill causal"] == sum(2 * n**2 * size for n in lengths)
+    assert flops["training"] - flops["training causal"] == sum(6 * n**2 * size for n in lengths)
+
+
+def test_step_bytes_are_the_weights_of_an_average_step(results):
+    grid = GridResults(results["grids"][0])
+    layer = (12 * 64**2 + 13 * 64) * 4
+    outside = 64 * 128 * 4 + 2 * 64 * 4  # the head and the last norm
+    assert grid.counts[PLAIN]["step_weight_bytes"] == 3 * layer + outside
+    looped = grid.counts["spiralformer-b, anchor"]["step_weight_bytes"] - outside
+    assert looped == pytest.approx(3.875 * layer, rel=0.02)
+    cache = grid.counts["spiralformer-l"]["cache_bytes"]["128"]
+    assert cache == pytest.approx(128 * 2.9375 * 2 * 64 * 4, rel=0.05)
+    assert grid.counts[PLAIN]["cache_bytes"]["128"] == 128 * 3 * 2 * 64 * 4
+
+
+def test_peak_bytes_sees_every_allocation():
+    def work():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return torch.cat([second, second])
+
+    assert peak_bytes(work, CPU, held=500) == 500 + 4000 + 8000
+
+
+def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
+    """The same tokens, step for step; Inductor is left out, so that no compiler is needed."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, backend="aot_eager", **options))
+    model = MODELS["spiralformer-b"].build(SIZE, CPU, torch.float32)
+    static, eager = Decode(model, 1, 48, compiled=True), Decode(model, 1, 48)
+    assert static.forward is not eager.forward
+    eager.ids = static.ids
+    eager.filled = eager.fill()
+    tokens = []
+    for decode in (static, eager):
+        step, chosen = decode.forward, []
+
+        def recorded(*args, step=step, chosen=chosen, **options):
+            outputs = step(*args, **options)
+            chosen.append(outputs.logits[:, -1].argmax(dim=-1))
+            return outputs
+
+        decode.forward = recorded
+        assert len(decode()) == DECODE_STEPS
+        tokens.append(torch.stack(chosen, dim=1))
+    assert tokens[0].shape == (1, DECODE_STEPS) and torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"threads": 0}])
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        BenchmarkArguments(**options)
+
+
+def test_the_full_grid_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--full"])
+    with pytest.raises(ValueError, match="device"):
+        benchmark.main()
