@@ -139,7 +139,7 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
     """The same tokens, step for step; Inductor is left out, so that no compiler is needed."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, backend="aot_eager", **options))
-    model = MODELS["spiralformer-b"].build(SIZE, CPU, torch.float32)
+    model = MODELS["looped {1,1}"].build(SIZE, CPU, torch.float32)
     static, eager = Decode(model, 1, 48, compiled=True), Decode(model, 1, 48)
     assert static.forward is not eager.forward
     eager.ids = static.ids
