@@ -8,14 +8,18 @@ alone, also with --trust-remote-code. So this file imports the package, puts the
 
 import sys
 
-import transformers
+from transformers.cli.serving import model_manager
 from transformers.cli.transformers import app
 
 from modeling_spiralformer import SpiralFormerForCausalLM
 
 
 def main(argv: list[str]) -> None:
-    transformers.SpiralFormerForCausalLM = SpiralFormerForCausalLM
+    if "--continuous-batching" in argv:
+        # The server would start, and answer every request with an error.
+        raise ValueError("`--continuous-batching` must be left out: its paged cache has no place for latents.")
+    # The name `transformers` as the server has it: the library may put another module object in its place.
+    model_manager.transformers.SpiralFormerForCausalLM = SpiralFormerForCausalLM
     app(["serve", *argv])
 
 
