@@ -168,6 +168,15 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""
+        if requested_attention in ("vllm", "sglang"):
+            raise ValueError(
+                f"`attn_implementation` must not be that of a serving engine, but got {requested_attention!r}: its "
+                "cache has one entry per token and layer, and no place for latents."
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -1,0 +1,27 @@
+"""`transformers serve` for a SpiralFormer checkpoint: the library's own server and options, the model known to it.
+
+    python scripts/serve.py my_model --port 8000
+
+The server imports no package of ours, and looks the class that a checkpoint names up among the library's own names
+alone, also with --trust-remote-code. So this file imports the package, puts the class there and starts the server.
+"""
+
+import sys
+
+from transformers.cli.serving import model_manager
+from transformers.cli.transformers import app
+
+from modeling_spiralformer import SpiralFormerForCausalLM
+
+
+def main(argv: list[str]) -> None:
+    if "--continuous-batching" in argv:
+        # The server would start, and answer every request with an error.
+        raise ValueError("`--continuous-batching` must be left out: its paged cache has no place for latents.")
+    # The name `transformers` as the server has it: the library may put another module object in its place.
+    model_manager.transformers.SpiralFormerForCausalLM = SpiralFormerForCausalLM
+    app(["serve", *argv])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Every file of examples/ is run by a test: those that need only the repository here, the others where it says."""
+
+import re
+import sys
+
+import pytest
+from documents import ROOT, run
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+# Examples with a test of their own, and the module that runs them.
+ELSEWHERE = {
+    "finetune.py": "test_training.py",
+    "lora.py": "test_training.py",
+    "push_and_pull.py": "test_hub.py",
+    "quantise.py": "test_quantisation.py",
+    "uptrain.py": "test_conversion.py",
+}
+HERE = [name for name in EXAMPLES if name not in ELSEWHERE]
+
+
+def test_there_are_examples():
+    assert {"change_schedule.py", "generate_batch.py", "own_schedule.py"} <= set(HERE)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name in ELSEWHERE])
+def test_an_example_that_is_not_run_here_is_named_by_its_module(name):
+    assert f"examples/{name}" in (ROOT / "tests" / ELSEWHERE[name]).read_text()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_says_what_it_shows(name):
+    assert re.match(r'""".+\n', (ROOT / "examples" / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[str, str]:
+    """What each example prints, run from a folder that looks like the repository."""
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("configuration", "examples", "tokenization"):
+        (folder / name).symlink_to(ROOT / name)
+    return {name: run([sys.executable, f"examples/{name}"], folder) for name in HERE}
+
+
+def test_every_other_example_runs(printed):
+    assert all(printed[name].strip() for name in HERE)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(printed):
+    lines = printed["generate_batch.py"].splitlines()
+    texts = [line.split(" -> ")[1] for line in lines if " -> " in line]
+    assert len(set(texts)) == 3 and all(text.endswith("(the same alone)") for text in texts)
+
+
+def test_a_schedule_of_ones_own_learns_its_text(printed):
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed["own_schedule.py"])]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 < losses[0]
+    assert "return a + b" in printed["own_schedule.py"]
+
+
+def test_a_changed_schedule_draws_anew_what_depends_on_it(printed):
+    lines = [line for line in printed["change_schedule.py"].splitlines() if ": now " in line]
+    assert [line.partition("drawn anew: ")[2] == "nothing" for line in lines] == [True, True, True, False]
+    assert "allocator" in lines[-1] and "scorer" not in lines[-1] and "topology" not in lines[-1]

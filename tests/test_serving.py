@@ -1,0 +1,352 @@
+"""Pipelines give what the model gives alone; `transformers serve` answers over HTTP; other engines are kept away."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import serve
+import torch
+from datasets import Dataset
+from documents import ROOT, blocks, commands
+from support import large_weights, small_config, small_model
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TextIteratorStreamer,
+    TextStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification, SpiralFormerModel
+
+PROMPTS = ["def read(path):", "x", "class Tree:\n    def __init__(self, left, right", "import os, sys", "é = 3"]
+NEW = 11
+# The page's own chat template.
+(TEMPLATE,) = (text.strip() for text, _ in blocks("docs/serving.md", "jinja"))
+CHAT = [
+    {"role": "user", "content": "write a loop"},
+    {"role": "assistant", "content": "for"},
+    {"role": "user", "content": "!"},
+]
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    """float64, weights of std 0.15; greedy texts of several different tokens."""
+    return small_model(5, vocab_size=4096, hidden_size=32)
+
+
+def greedy(model, tokenizer, prompt: str, count: int = NEW) -> str:
+    """A text continued token by token, every token from a forward over the whole text without a cache."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + count and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_text_generation_in_ragged_batches(model, tokenizer, batch_size):
+    expected = [greedy(model, tokenizer, prompt) for prompt in PROMPTS]
+    assert len(set(expected)) == len(PROMPTS)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    found = generator(PROMPTS, batch_size=batch_size, max_new_tokens=NEW, do_sample=False, return_full_text=False)
+    assert [text["generated_text"] for (text,) in found] == expected
+
+
+def test_text_generation_with_a_chat_template(model, tokenizer):
+    chats = [CHAT, CHAT[:1]]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    assert prompts[1] == "user: write a loop<|eos|>assistant: "
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    found = generator(chats, batch_size=2, max_new_tokens=NEW, do_sample=False)
+    for chat, prompt, (answer,) in zip(chats, prompts, found, strict=True):
+        reply = {"role": "assistant", "content": greedy(model, tokenizer, prompt)}
+        assert answer["generated_text"] == [*chat, reply]
+
+
+def test_streamers_hand_out_the_text_of_generate(model, tokenizer, capsys):
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    expected = greedy(model, tokenizer, PROMPTS[0])
+    options = {**inputs, "max_new_tokens": NEW, "do_sample": False}
+    model.generate(**options, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    assert capsys.readouterr().out == expected + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=model.generate, kwargs={**options, "streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 1
+
+
+def test_a_pipeline_streams(model, tokenizer, capsys):
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generator(PROMPTS[2], max_new_tokens=NEW, do_sample=False, streamer=streamer)
+    assert capsys.readouterr().out == greedy(model, tokenizer, PROMPTS[2]) + "\n"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_features_in_ragged_batches(model, tokenizer, side):
+    tokenizer.padding_side = side
+    extractor = pipeline("feature-extraction", model=model.model, tokenizer=tokenizer)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    assert len(set(lengths)) > 3
+    together = extractor(PROMPTS, batch_size=len(PROMPTS), return_tensors=True)
+    for prompt, length, features in zip(PROMPTS, lengths, together, strict=True):
+        with torch.no_grad():
+            alone = model.model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state
+        real = features[:, -length:] if side == "left" else features[:, :length]
+        assert features.shape[1] == max(lengths) and torch.allclose(real, alone, atol=1e-9, rtol=0)
+
+
+def toy_task() -> tuple[list[str], list[str]]:
+    """Texts of different lengths, whose label is the word that stands in them somewhere."""
+    texts, labels = [], []
+    for index in range(48):
+        word, label = (("import", "module"), ("class", "type"), ("return", "value"))[index % 3]
+        texts.append("x = 1; " * (index % 5) + f"{word} name" + ", y" * (index % 4))
+        labels.append(label)
+    return texts, labels
+
+
+def test_text_classification_after_fine_tuning(tokenizer, tmp_path):
+    set_seed(0)
+    texts, labels = toy_task()
+    names = sorted(set(labels))
+    config = small_config(vocab_size=4096, hidden_size=32, intermediate_size=64, classifier_dropout=0.0)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    model = SpiralFormerForSequenceClassification(config)
+    data = Dataset.from_dict({"text": texts, "label": [names.index(label) for label in labels]})
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=60, per_device_train_batch_size=16, learning_rate=3e-3, report_to="none"
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.map(lambda row: tokenizer(row["text"]), remove_columns="text"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    before = pipeline("text-classification", model=model.eval(), tokenizer=tokenizer)(texts)
+    assert [answer["label"] for answer in before] != labels
+    trainer.train()
+    trainer.save_model()
+    tokenizer.save_pretrained(tmp_path)
+    classifier = pipeline("text-classification", model=str(tmp_path), tokenizer=str(tmp_path))
+    assert type(classifier.model) is SpiralFormerForSequenceClassification
+    assert [answer["label"] for answer in classifier(texts, batch_size=7)] == labels
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classes_in_ragged_batches(tokenizer, side):
+    tokenizer.padding_side = side
+    config = small_config(vocab_size=4096, num_labels=3)
+    model = large_weights(SpiralFormerForSequenceClassification(config)).double().eval()
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    options = {"top_k": None, "function_to_apply": "none"}
+    together, alone = classifier(PROMPTS, batch_size=len(PROMPTS), **options), classifier(PROMPTS, **options)
+    with torch.no_grad():
+        logits = [model(**tokenizer(prompt, return_tensors="pt")).logits[0] for prompt in PROMPTS]
+    for scores, single, expected in zip(together, alone, logits, strict=True):
+        for found in (scores, single):
+            by_label = {answer["label"]: answer["score"] for answer in found}
+            # The pipeline rounds to float32.
+            assert [by_label[f"LABEL_{index}"] for index in range(3)] == expected.float().tolist()
+
+
+# -- transformers serve -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder with the checkpoint `my_model`, and the address of the server that the page's command starts there."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "my_model")
+    small_model(5, vocab_size=4096, hidden_size=32, dtype=torch.float32).save_pretrained(folder / "my_model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (start,) = (line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py"))
+    words = shlex.split(start)
+    assert words[2] == "my_model" and words[-2] == "--port"
+    (folder / "cache").mkdir()
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *words[1:-1], str(port)],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+        )
+    address = f"http://localhost:{port}"
+    try:
+        wait_for(address + "/health", server, folder / "log")
+        yield folder, address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    """Returns once the address answers; fails with the server's log where it ends before, or after three minutes."""
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            ended = server.poll() is not None
+            assert not ended and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.3)
+
+
+def ask(address: str, path: str, body: dict | None = None) -> str:
+    """The text of the answer to a GET, or to a POST where there is a body."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return response.read().decode()
+
+
+@pytest.mark.processes
+def test_the_server_answers(served):
+    folder, address = served
+    model = AutoModelForCausalLM.from_pretrained(folder / "my_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "my_model")
+    prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    expected = greedy(model, tokenizer, prompt)
+    assert len(set(tokenizer(expected)["input_ids"])) > 5
+    body = {"model": "my_model", "messages": CHAT, "max_tokens": NEW, "temperature": 0}
+
+    assert json.loads(ask(address, "/health")) == {"status": "ok"}
+    # The server lists what lies in the Hub's cache, never a folder.
+    assert json.loads(ask(address, "/v1/models")) == {"object": "list", "data": []}
+
+    answer = json.loads(ask(address, "/v1/chat/completions", body))
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == expected and choice["finish_reason"] == "length"
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer(prompt)["input_ids"])
+
+    events = ask(address, "/v1/chat/completions", {**body, "stream": True}).split("\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if event]
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 1
+
+    completion = json.loads(
+        ask(address, "/v1/completions", {"prompt": PROMPTS[0], "max_tokens": NEW, "temperature": 0})
+    )
+    assert completion["choices"][0]["text"] == greedy(model, tokenizer, PROMPTS[0])
+
+
+@pytest.mark.processes
+def test_the_pages_request_is_answered(served):
+    _, address = served
+    (request,) = (line for line in commands("docs/serving.md") if line.startswith("curl"))
+    words = shlex.split(request)
+    url = next(word for word in words if word.startswith("http"))
+    body = json.loads(words[words.index("-d") + 1])
+    answer = json.loads(ask(address, url.removeprefix("http://localhost:8000"), body))
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_every_command_of_the_page_is_run():
+    assert [line.split()[0] for line in commands("docs/serving.md")] == ["python", "curl"]
+
+
+@pytest.fixture
+def library():
+    """The library as the server sees it, put back afterwards."""
+    names = serve.model_manager.transformers
+    yield names
+    names.__dict__.pop("SpiralFormerForCausalLM", None)
+
+
+def test_the_class_is_put_where_the_server_looks(monkeypatch, library):
+    calls = []
+    monkeypatch.setattr(serve, "app", calls.append)
+    serve.main(["my_model", "--port", "8000"])
+    assert calls == [["serve", "my_model", "--port", "8000"]]
+    assert library.SpiralFormerForCausalLM is SpiralFormerForCausalLM
+
+
+def test_the_library_alone_does_not_find_the_class(library):
+    """What scripts/serve.py is for: once this fails, the script can go."""
+    assert not hasattr(library, "SpiralFormerForCausalLM")
+
+
+def test_continuous_batching_is_refused_before_the_server_starts(monkeypatch):
+    monkeypatch.setattr(serve, "app", lambda argv: pytest.fail("the server was started"))
+    with pytest.raises(ValueError, match="`--continuous-batching` must be left out"):
+        serve.main(["my_model", "--continuous-batching"])
+
+
+# -- other engines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_class", [SpiralFormerModel, SpiralFormerForCausalLM])
+def test_engines_are_told_that_the_model_is_no_back_end(model_class):
+    """vLLM and SGLang ask the class that the checkpoint's auto_map names."""
+    assert model_class.is_backend_compatible() is False
+    for flag in ("_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+        assert getattr(model_class, flag) is False
+    model = model_class(small_config())
+    assert not model.supports_tp_plan and not model.supports_pp_plan
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_attention_of_engines_is_refused(engine):
+    """An engine registers its attention under its name, sets the name in the configuration and builds the model."""
+    AttentionInterface.register(engine, sdpa_attention_forward)
+    try:
+        config = small_config()
+        config._attn_implementation = engine
+        for auto_class in (AutoModel, AutoModelForCausalLM):
+            with pytest.raises(ValueError, match=f"must not be that of a serving engine, but got '{engine}'"):
+                auto_class.from_config(config)
+        with pytest.raises(ValueError, match=f"must not be that of a serving engine, but got '{engine}'"):
+            small_model().set_attn_implementation(engine)
+    finally:
+        del AttentionInterface._global_mapping[engine]
+
+
+def test_continuous_batching_in_memory_is_refused():
+    with pytest.raises(NotImplementedError, match="Continuous batching is not supported"):
+        small_model().generate_batch([[3, 4, 5]], max_new_tokens=2)
+
+
+def test_a_chat_needs_a_template():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    assert tokenizer.chat_template is None
+    with pytest.raises(ValueError, match="chat_template is not set"):
+        tokenizer.apply_chat_template(CHAT)
