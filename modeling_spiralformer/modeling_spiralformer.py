@@ -535,7 +535,17 @@ class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormer
     """SpiralFormer with a head for start and end of a span; the library's generic head."""
 
 
+# The class that each Auto class stands for, here and in a saved `config.json`.
+AUTO_CLASSES = {
+    "AutoModel": SpiralFormerModel,
+    "AutoModelForCausalLM": SpiralFormerForCausalLM,
+    "AutoModelForQuestionAnswering": SpiralFormerForQuestionAnswering,
+    "AutoModelForSequenceClassification": SpiralFormerForSequenceClassification,
+    "AutoModelForTokenClassification": SpiralFormerForTokenClassification,
+}
+
 __all__ = [
+    "AUTO_CLASSES",
     "SpiralFormerForCausalLM",
     "SpiralFormerForQuestionAnswering",
     "SpiralFormerForSequenceClassification",
