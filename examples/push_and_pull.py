@@ -26,8 +26,9 @@ tokenizer.push_to_hub(repo_id)
 create_tag(repo_id, tag="v1", exist_ok=True)
 
 pulled = AutoModelForCausalLM.from_pretrained(repo_id, revision="v1")
+assert all(map(torch.equal, pulled.state_dict().values(), model.state_dict().values()))
 prompts = AutoTokenizer.from_pretrained(repo_id, revision="v1")(["def read(path):", "import"], padding=True)
 prompts = prompts.convert_to_tensors("pt")
 with torch.no_grad():
-    assert torch.equal(pulled(**prompts).logits, model(**prompts).logits)
+    assert torch.allclose(pulled(**prompts).logits, model(**prompts).logits, atol=1e-5)
 print(tokenizer.batch_decode(pulled.generate(**prompts, max_new_tokens=10), skip_special_tokens=True))

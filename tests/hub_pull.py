@@ -22,20 +22,19 @@ import pytest  # noqa: E402  after the package is gone
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from documents import blocks  # noqa: E402
+from hub_snapshot import close, same, snapshot  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 SAVED = torch.load(FOLDER / "expected.pt")
 EXPECTED = SAVED["expected"]
-BATCH = {"input_ids": SAVED["ids"], "attention_mask": SAVED["mask"]}
+BATCH = SAVED["batch"]
 REMOTE = {"trust_remote_code": True}
 SEARCH = {"max_new_tokens": 20, "do_sample": False}
 
 
 def check_same(model, name: str) -> None:
-    with torch.no_grad():
-        found = [value for value in model(**BATCH, use_cache=False).to_tuple() if isinstance(value, torch.Tensor)]
-    assert len(found) == len(EXPECTED[name]) and all(map(torch.equal, found, EXPECTED[name])), name
+    assert same(snapshot(model, BATCH), EXPECTED[name]), name
     assert type(model).__module__.startswith("transformers_modules.me."), type(model)
 
 
@@ -64,7 +63,7 @@ def check_every_auto_class() -> None:
     with torch.no_grad():
         states = body(**BATCH, use_cache=False).last_hidden_state
     whole = AutoModelForCausalLM.from_pretrained("me/lm", revision="v1", **REMOTE)
-    assert torch.equal(whole.lm_head(states), EXPECTED["v1"][0])
+    assert close(whole.lm_head(states), EXPECTED["v1"]["results"][0])
     head = transformers.AutoModelForSequenceClassification.from_pretrained("me/lm", num_labels=4, **REMOTE)
     assert head(**BATCH).logits.shape == (3, 4)
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("me/config", **REMOTE), **REMOTE)

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from documents import ROOT, blocks
+from hub_snapshot import same, snapshot
 from huggingface_hub import HfApi
 from model_card import CardTrainer
 from support import large_weights, random_ids, small_config
@@ -23,6 +24,7 @@ FOLDER = Path(sys.argv[1])
 API = HfApi()
 IDS = random_ids(3, 21, seed=4)
 MASK = (torch.arange(21) >= torch.tensor([[0], [5], [11]])).long()
+BATCH = {"input_ids": IDS, "attention_mask": MASK}
 
 
 def make_model(seed: int, model_class=package.SpiralFormerForCausalLM, **options):
@@ -30,16 +32,13 @@ def make_model(seed: int, model_class=package.SpiralFormerForCausalLM, **options
     return large_weights(model_class(config), seed).eval()
 
 
-def outputs(model) -> list[torch.Tensor]:
-    """What a forward of the padded batch gives, tensors only."""
-    with torch.no_grad():
-        result = model(input_ids=IDS, attention_mask=MASK, use_cache=False)
-    return [value for value in result.to_tuple() if isinstance(value, torch.Tensor)]
+def look(model) -> dict:
+    """The snapshot that a pull has to agree with."""
+    return snapshot(model.eval(), BATCH)
 
 
-def same(model, expected: list[torch.Tensor]) -> bool:
-    found = outputs(model)
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def check_same(model, expected: dict) -> None:
+    assert same(look(model), expected), type(model)
 
 
 def push_revisions(tokenizer) -> dict:
@@ -51,9 +50,9 @@ def push_revisions(tokenizer) -> dict:
     API.create_tag("me/lm", tag="v1")
     second.push_to_hub("me/lm", max_shard_size="60KB")
     third.push_to_hub("me/lm", max_shard_size="60KB", revision="experiment")
-    expected = {"v1": outputs(first), "main": outputs(second), "experiment": outputs(third), commit: outputs(first)}
+    expected = {"v1": look(first), "main": look(second), "experiment": look(third), commit: look(first)}
     for revision, values in expected.items():
-        assert same(AutoModelForCausalLM.from_pretrained("me/lm", revision=revision), values), revision
+        check_same(AutoModelForCausalLM.from_pretrained("me/lm", revision=revision), values)
     model = AutoModelForCausalLM.from_pretrained("me/lm")
     assert type(model) is package.SpiralFormerForCausalLM and type(model.config) is package.SpiralFormerConfig
     assert type(AutoModel.from_pretrained("me/lm")) is package.SpiralFormerModel
@@ -68,12 +67,12 @@ def push_heads(tokenizer) -> dict:
         model = make_model(5, model_class, num_labels=2 if "Question" in auto_class else 3)
         model.push_to_hub(f"me/{auto_class}")
         tokenizer.push_to_hub(f"me/{auto_class}")
-        expected[auto_class] = outputs(model)
+        expected[auto_class] = look(model)
     small_config().push_to_hub("me/config")
     return expected
 
 
-def train_and_push(trainer_class: type, name: str, tokenizer, **options) -> list[torch.Tensor]:
+def train_and_push(trainer_class: type, name: str, tokenizer, **options) -> dict:
     rows = [{"input_ids": row, "labels": row} for row in random_ids(4, 16, seed=8)]
     arguments = TrainingArguments(
         output_dir=str(FOLDER / name),
@@ -89,10 +88,10 @@ def train_and_push(trainer_class: type, name: str, tokenizer, **options) -> list
     trainer.train()
     trainer.evaluate()
     trainer.push_to_hub()
-    return outputs(trainer.model.eval())
+    return look(trainer.model)
 
 
-def cut_an_upload(expected: list[torch.Tensor]) -> list[torch.Tensor]:
+def cut_an_upload(expected: dict) -> dict:
     """The server hangs up in the middle of the weights: main stays what it was, and pushing once more mends it."""
     model = make_model(7)
     with pytest.MonkeyPatch.context() as patch:
@@ -101,15 +100,15 @@ def cut_an_upload(expected: list[torch.Tensor]) -> list[torch.Tensor]:
         with pytest.raises(RuntimeError, match="Error while uploading 'model.safetensors'"):
             model.push_to_hub("me/cut")
         huggingface_hub.get_session().post(f"{API.endpoint}/cut_uploads", content="false")
-    assert same(AutoModelForCausalLM.from_pretrained("me/cut"), expected)
+    check_same(AutoModelForCausalLM.from_pretrained("me/cut"), expected)
     model.push_to_hub("me/cut")
-    assert same(AutoModelForCausalLM.from_pretrained("me/cut"), outputs(model))
+    check_same(AutoModelForCausalLM.from_pretrained("me/cut"), look(model))
 
 
-def check_refusals(expected: list[torch.Tensor]) -> None:
+def check_refusals(expected: dict) -> None:
     """What is missing, or private, is refused in the library's words; what is private loads with the token."""
     make_model(1).push_to_hub("me/private", private=True)
-    assert same(AutoModelForCausalLM.from_pretrained("me/private"), expected)
+    check_same(AutoModelForCausalLM.from_pretrained("me/private"), expected)
     for name, options, words in (
         ("me/private", {"token": False, "cache_dir": FOLDER / "empty"}, "not a local folder and is not a valid model"),
         ("me/missing", {}, "not a local folder and is not a valid model identifier"),
@@ -146,7 +145,7 @@ def main() -> None:
         CardTrainer, "card-trainer", tokenizer, push_to_hub=True, save_steps=1, hub_always_push=True
     )
     for name in ("trainer", "card-trainer"):
-        assert same(AutoModelForCausalLM.from_pretrained(f"me/{name}"), expected[name]), name
+        check_same(AutoModelForCausalLM.from_pretrained(f"me/{name}"), expected[name])
 
     run_documentation()
 
@@ -155,9 +154,9 @@ def main() -> None:
     assert type(model) is package.SpiralFormerForCausalLM
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
     expected["generated"] = AutoModelForCausalLM.from_pretrained("me/lm", revision="v1").generate(
-        IDS, attention_mask=MASK, max_new_tokens=20, do_sample=False, use_cache=False
+        **BATCH, max_new_tokens=20, do_sample=False, use_cache=False
     )
-    torch.save({"ids": IDS, "mask": MASK, "expected": expected}, FOLDER / "expected.pt")
+    torch.save({"batch": BATCH, "expected": expected}, FOLDER / "expected.pt")
 
 
 if __name__ == "__main__":
