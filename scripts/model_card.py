@@ -83,7 +83,7 @@ def make_card(
         language=language,
         base_model=base_model,
         datasets=None if dataset is None else [dataset],
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
     )
     return ModelCard.from_template(
