@@ -1,18 +1,11 @@
 """SpiralFormer for Hugging Face Transformers (arXiv 2602.11698). Importing this package registers its classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from .configuration_spiralformer import SpiralFormerConfig
 from .modeling_spiralformer import (
+    AUTO_CLASSES,
     SpiralFormerForCausalLM,
     SpiralFormerForQuestionAnswering,
     SpiralFormerForSequenceClassification,
@@ -23,14 +16,10 @@ from .modeling_spiralformer import (
 
 AutoConfig.register(SpiralFormerConfig.model_type, SpiralFormerConfig, exist_ok=True)
 AutoTokenizer.register(SpiralFormerConfig, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
-for auto_class, model_class in (
-    (AutoModel, SpiralFormerModel),
-    (AutoModelForCausalLM, SpiralFormerForCausalLM),
-    (AutoModelForQuestionAnswering, SpiralFormerForQuestionAnswering),
-    (AutoModelForSequenceClassification, SpiralFormerForSequenceClassification),
-    (AutoModelForTokenClassification, SpiralFormerForTokenClassification),
-):
-    auto_class.register(SpiralFormerConfig, model_class, exist_ok=True)
+for auto_class, model_class in AUTO_CLASSES.items():
+    getattr(transformers, auto_class).register(SpiralFormerConfig, model_class, exist_ok=True)
+# A saved configuration brings the code along. The models do not: FSDP makes classes of them that no file holds.
+SpiralFormerConfig.register_for_auto_class()
 
 __all__ = [
     "SpiralFormerConfig",

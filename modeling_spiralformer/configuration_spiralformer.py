@@ -6,9 +6,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-# Layer types of the KV cache, as `cache_spiralformer` registers them.
-TOKEN_LAYER_TYPE = "spiralformer_token_attention"
-LATENT_LAYER_TYPE = "spiralformer_latent_attention"
+# Layer types of the KV cache, as `cache_spiralformer` registers them. The module is part of the name: a copy of this
+# code that comes with a checkpoint then has cache layers of its own.
+TOKEN_LAYER_TYPE = f"spiralformer_token_attention of {__name__}"
+LATENT_LAYER_TYPE = f"spiralformer_latent_attention of {__name__}"
 
 DOWN_SCALINGS = ("self_aggregation", "mean")
 UP_SCALINGS = ("allocation", "broadcast")
@@ -110,6 +111,19 @@ class SpiralFormerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     use_cache: bool = True
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
+
+        What is saved, or pushed, loads without this package by `trust_remote_code=True`.
+        """
+        # The library copies a file's relative imports with it, found in its text: this line brings the model's file.
+        from .modeling_spiralformer import AUTO_CLASSES
+
+        known = {"AutoConfig": type(self)} | AUTO_CLASSES
+        known = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in known.items()}
+        self.auto_map = known | (getattr(self, "auto_map", None) or {})
+        super().save_pretrained(save_directory, **kwargs)
 
     # -- derived from the schedule ------------------------------------------------------------------------------
 

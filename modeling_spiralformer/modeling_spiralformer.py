@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -545,7 +546,21 @@ class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormer
     """SpiralFormer with a head for start and end of a span; the library's generic head."""
 
 
+# The library's heads build their body by `AutoModel`, and a copy of this file that came with a checkpoint has no
+# package to register it.
+AutoModel.register(SpiralFormerConfig, SpiralFormerModel, exist_ok=True)
+
+# The class that each Auto class stands for, here and in a saved `config.json`.
+AUTO_CLASSES = {
+    "AutoModel": SpiralFormerModel,
+    "AutoModelForCausalLM": SpiralFormerForCausalLM,
+    "AutoModelForQuestionAnswering": SpiralFormerForQuestionAnswering,
+    "AutoModelForSequenceClassification": SpiralFormerForSequenceClassification,
+    "AutoModelForTokenClassification": SpiralFormerForTokenClassification,
+}
+
 __all__ = [
+    "AUTO_CLASSES",
     "SpiralFormerForCausalLM",
     "SpiralFormerForQuestionAnswering",
     "SpiralFormerForSequenceClassification",

@@ -50,17 +50,17 @@ def load_config(name_or_path: str, overrides: dict[str, object] | None = None) -
     return config
 
 
-def load_model(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, config: PreTrainedConfig, model_class: type = AutoModelForCausalLM, dtype=torch.float32
+) -> PreTrainedModel:
     """
-    A causal language model in float32 with the weights of a checkpoint.
+    A model, by default for causal language and in float32, with the weights of a checkpoint.
 
     Raises ValueError where the checkpoint lacks a weight, which the library would fill with random numbers, or its
     file cannot be read.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"The checkpoint {name_or_path!r} has a damaged safetensors file: {error}") from error
     if info["missing_keys"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoints import check_tokenizer, load_config, load_model, parse_overrides
+from model_card import CardTrainer
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments, parse_arguments
 from training_data import make_blocks, token_byte_lengths
 from transformers import (
@@ -79,6 +80,15 @@ def drop_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels[:, :1]
 
 
+def describe_data(data: DataArguments) -> str:
+    """The training text in words, for the model card."""
+    if data.dataset_name is not None:
+        return " ".join(["The data set", f"`{data.dataset_name}`", data.dataset_config_name or ""]).strip() + "."
+    if data.train_file is not None:
+        return f"The file `{Path(data.train_file).name}`."
+    return "The source of the Python standard library."
+
+
 def set_up_logging(training: SpiralTrainingArguments):
     level = logging.INFO if training.should_log else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -122,7 +132,7 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
         logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
-    trainer = Trainer(
+    trainer = CardTrainer(
         model=model,
         args=training,
         train_dataset=blocks.get("train"),
@@ -131,11 +141,16 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
         data_collator=default_data_collator,
         compute_metrics=make_compute_metrics(byte_lengths),
         preprocess_logits_for_metrics=drop_logits,
+        training_data=describe_data(data_arguments),
     )
     if training.do_train:
         run_training(trainer, training)
     if training.do_eval:
         run_evaluation(trainer)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    elif training.do_train:
+        trainer.create_model_card()
     if training.should_save:
         logger.info("written to %s", Path(training.output_dir).resolve())
     return trainer

@@ -54,9 +54,9 @@ def test_it_loads_from_a_saved_checkpoint_without_the_package(tmp_path):
     SpiralFormerForCausalLM(small_config()).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).encode("def f():") == TOKENIZER.encode("def f():")
-    code = (
-        f"from transformers import AutoTokenizer; print(AutoTokenizer.from_pretrained({str(tmp_path)!r}).encode('ab'))"
-    )
+    # A saved model brings its code along; without this answer the library would ask whether to run it.
+    load = f"AutoTokenizer.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)"
+    code = f"from transformers import AutoTokenizer; print({load}.encode('ab'))"
     printed = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )

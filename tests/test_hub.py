@@ -1,0 +1,236 @@
+"""Push and pull: every way of it against a Hub on loopback, with the package and as a machine without it."""
+
+import json
+import os
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import push
+import pytest
+import torch
+import torch.distributed.fsdp  # the library looks up the file of a class
+from documents import ROOT, commands, run
+from hub_server import TOKEN, HubServer, Repository
+from huggingface_hub import HfApi, ModelCard
+from model_card import make_card
+from support import small_config, small_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import modeling_spiralformer as package
+from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
+
+CODE = {f"{part}_spiralformer.py" for part in ("cache", "chunking", "configuration", "modeling")}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory) -> Path:
+    """The folder where `hub_push.py` ran: it pushed everything, and wrote down what."""
+    folder = tmp_path_factory.mktemp("pushed")
+    for name in ("configuration", "tokenization"):
+        (folder / name).symlink_to(ROOT / name)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
+    command = [sys.executable, str(ROOT / "tests" / "hub_push.py"), str(folder)]
+    run(command, folder, **hub.environment(folder / "home") | {"PYTHONPATH": path})
+    return folder
+
+
+@pytest.mark.processes
+def test_push_and_pull_where_the_package_is_installed(pushed, hub):
+    """What `hub_push.py` checks itself, and what lies in the repositories then."""
+    files = hub.files("me/lm", "v1")
+    shards = [name for name in files if name.endswith(".safetensors")]
+    assert len(shards) > 1 and "model.safetensors.index.json" in files
+    assert files.keys() - set(shards) == CODE | {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    for name in CODE:
+        assert files[name] == (ROOT / "modeling_spiralformer" / name).read_bytes(), name
+    assert json.loads(files["config.json"])["auto_map"].keys() == AUTO_CLASSES.keys() | {"AutoConfig"}
+    assert hub.files("me/config").keys() == CODE | {"README.md", "config.json"}
+    assert hub.repositories["me/example"].private and "v1" in hub.repositories["me/example"].tags
+
+
+@pytest.mark.processes
+def test_commits_made_while_training_hold_code_and_the_last_one_a_card(pushed, hub):
+    commits = hub.repositories["me/card-trainer"].commits.values()
+    with_weights = [files for files in commits if "model.safetensors" in files]
+    assert len(with_weights) >= 2 and all(files.keys() > CODE for files in with_weights)
+    card = hub.files("me/card-trainer")["README.md"].decode()
+    assert "| learning_rate | 5e-05 |" in card and "| Loss | " in card and 'from_pretrained("me/card-trainer"' in card
+    assert hub.files("me/trainer").keys() > CODE
+
+
+@pytest.mark.processes
+def test_pull_without_the_package(pushed, hub, tmp_path):
+    other = Repository(private=False)
+    files = {}
+    for name, content in hub.files("me/lm", "v1").items():
+        if name in CODE:  # a version of the code that works the same, and not together with this one
+            content = content.replace(b".attend(", b".get_ready(").replace(b"def attend(", b"def get_ready(")
+        files[name] = hub.keep(content)
+    other.branches["main"] = other.add_commit(files)
+    hub.repositories["me/other-code"] = other
+    command = [sys.executable, str(ROOT / "tests" / "hub_pull.py"), str(pushed)]
+    run(command, tmp_path, **hub.environment(tmp_path / "home"))
+
+
+@pytest.mark.processes
+def test_commands_of_the_page(hub, workplace):
+    for command in commands("docs/hub.md"):
+        words = shlex.split(command)
+        assert words[0] == "python"
+        more = ["--report_to", "none"] if "scripts/train.py" in words else []
+        run([sys.executable, *words[1:], *more], workplace, **hub.environment(workplace / "home"))
+    files = hub.files("me/mine")
+    assert files.keys() > CODE and "tokenizer.json" in files
+    card = files["README.md"].decode()
+    assert "license: apache-2.0" in card and "The file `text.txt`." in card and "| Bits Per Byte | " in card
+    assert list(hub.repositories["me/mine"].messages.values())[-1] == "Upload model"
+
+
+# -- what a saved model holds -------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, **options) -> Path:
+    small_model(dtype=torch.float32, **options).save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_model_holds_its_code_and_loads_by_the_installed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"was asked: {text}"))
+    saved(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE
+    for trust in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **trust)) is package.SpiralFormerConfig
+        assert type(AutoModel.from_pretrained(tmp_path, **trust)) is package.SpiralFormerModel
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **trust)) is package.SpiralFormerForCausalLM
+    assert not any(name.startswith("transformers_modules") for name in sys.modules)
+
+
+def test_a_model_that_fsdp_has_wrapped_saves_the_same_code(tmp_path):
+    """fully_shard makes a class of its own, in a file of torch's, of the model's class."""
+    model = small_model(dtype=torch.float32)
+    module = {"__module__": "torch.distributed.fsdp._fully_shard._fsdp_init"}
+    model.__class__ = type("FSDPSpiralFormerForCausalLM", (type(model),), module)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_spiralformer.SpiralFormerForCausalLM"
+
+
+def test_a_class_of_the_users_own_stays_in_auto_map(tmp_path):
+    config = small_config()
+    config.auto_map = {"AutoModelForCausalLM": "mine.MyModel"}
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path).auto_map
+    assert loaded["AutoModelForCausalLM"] == "mine.MyModel"
+    assert loaded["AutoModel"] == "modeling_spiralformer.SpiralFormerModel"
+    assert loaded["AutoConfig"] == "configuration_spiralformer.SpiralFormerConfig"
+
+
+# -- cards --------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_says_what_it_was_told():
+    evaluation = {"Bits Per Byte": 1.5}
+    card = make_card(
+        small_model(),
+        "me/one",
+        license="mit",
+        language="en",
+        base_model="me/base",
+        dataset="me/texts",
+        training_data="Old letters.",
+        evaluation=evaluation,
+        settings={"seed": 7},
+    )
+    data = ModelCard(card.content).data  # read again, as the Hub does
+    assert (data.license, data.language, data.base_model, data.datasets) == ("mit", "en", "me/base", ["me/texts"])
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    (result,) = data.eval_results
+    assert (result.metric_name, result.metric_value, result.dataset_type) == ("Bits Per Byte", 1.5, "me/texts")
+    for words in (
+        "# one\n",
+        "1 + 2 x {1/4, 1/2, 1} + 1",
+        'AutoModelForCausalLM.from_pretrained("me/one", trust_remote_code=True)',
+        "Old letters.",
+        "| seed | 7 |",
+        "| Bits Per Byte | 1.5 |",
+        "longer than 512 tokens",
+    ):
+        assert words in card.content, words
+
+
+def test_a_card_of_a_head_without_figures():
+    card = make_card(package.SpiralFormerForTokenClassification(small_config(chunk_sizes=[], num_core_layers=0)), "a")
+    assert card.data.pipeline_tag == "token-classification" and card.data.eval_results is None
+    assert "No figures were given." in card.content and "Not stated." in card.content
+    assert "| layers | 2 |" in card.content and "### Settings" not in card.content
+    with pytest.raises(ValueError, match="`model` must be one of"):
+        make_card(torch.nn.Linear(1, 1), "a")
+
+
+# -- scripts/push.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A saved model in bfloat16 with tokenizer and figures."""
+    folder = saved(tmp_path / "checkpoint", vocab_size=4096)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("tokenization").save_pretrained(folder)
+    (folder / "eval_results.json").write_text('{"eval_loss": 2.5, "eval_runtime": 3.0, "epoch": 1.0}')
+    return folder
+
+
+def arguments(checkpoint: Path, repo_id: str, *more: str) -> push.PushArguments:
+    words = ["--checkpoint", str(checkpoint), "--repo_id", repo_id, *more]
+    return HfArgumentParser(push.PushArguments).parse_args_into_dataclasses(words)[0]
+
+
+@pytest.mark.processes
+def test_every_option_of_the_script(checkpoint, hub, monkeypatch):
+    monkeypatch.setattr(push, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    said = {"license": "mit", "language": "en", "dataset": "me/texts", "training_data": "Old letters."}
+    push.push(arguments(checkpoint, "me/s", "--private", *(f"--{name}={value}" for name, value in said.items())))
+    files, repository = hub.files("me/s"), hub.repositories["me/s"]
+    assert repository.private and files.keys() > CODE and b"BF16" in files["model.safetensors"][:10000]
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.language, card.data.datasets) == ("mit", "en", ["me/texts"])
+    assert "Old letters." in card.content and "| Loss | 2.5 |" in card.content and "Runtime" not in card.content
+
+    # Weights in several files in place of one: the one that was there would be the one that loads.
+    commit = push.push(arguments(checkpoint, "me/s", "--max_shard_size=60KB", "--commit_message=In shards"))
+    files = hub.files("me/s")
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert repository.messages[commit.oid] == "In shards"
+
+    push.push(arguments(checkpoint, "me/s", "--revision=other"))
+    assert "model.safetensors" in hub.files("me/s", "other") and "model.safetensors" not in hub.files("me/s")
+
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nMy card.\n")
+    push.push(arguments(checkpoint, "me/s", "--license=apache-2.0"))
+    assert hub.files("me/s")["README.md"].decode() == "---\nlicense: apache-2.0\n---\nMy card.\n"
+    with pytest.raises(ValueError, match="`training_data` must be left out"):
+        push.push(arguments(checkpoint, "me/s", "--training_data=x"))
+
+
+def test_what_cannot_be_pushed_is_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["Another"]}))
+    with pytest.raises(ValueError, match="`architectures` of .* must be one of .* got .*Another"):
+        push.load_checkpoint(str(checkpoint))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_coda_layers": 2}))
+    with pytest.raises(ValueError, match="lacks"):
+        push.load_checkpoint(str(checkpoint))
