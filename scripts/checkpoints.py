@@ -50,16 +50,21 @@ def load_config(name_or_path: str, overrides: dict[str, object] | None = None) -
     return config
 
 
-def load_model(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str = torch.float32,
+    allow_unused: bool = True,
+) -> PreTrainedModel:
     """
-    A causal language model in float32 with the weights of a checkpoint.
+    A causal language model with the weights of a checkpoint, in `dtype` ("auto": the checkpoint's own).
 
-    Raises ValueError where the checkpoint lacks a weight, which the library would fill with random numbers, or its
-    file cannot be read.
+    Raises ValueError where the checkpoint lacks a weight, which the library would fill with random numbers, where its
+    file cannot be read, and without `allow_unused` where it holds a weight that the model does not have.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+            name_or_path, config=config, dtype=dtype, output_loading_info=True
         )
     except SafetensorError as error:
         raise ValueError(f"The checkpoint {name_or_path!r} has a damaged safetensors file: {error}") from error
@@ -68,6 +73,12 @@ def load_model(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
         raise ValueError(
             f"The checkpoint {name_or_path!r} lacks {len(missing)} weights that this configuration needs, "
             f"among them {missing[:LISTED_KEYS]}."
+        )
+    if info["unexpected_keys"] and not allow_unused:
+        unused = sorted(info["unexpected_keys"])
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} holds {len(unused)} weights that {type(model).__name__} has no place "
+            f"for, among them {unused[:LISTED_KEYS]}."
         )
     return model
 
