@@ -46,6 +46,7 @@ class ComparisonArguments:
     max_eval_samples: int = field(default=64, metadata={"help": "Held-out blocks."})
     train_file: str | None = field(default=None, metadata={"help": "Text. Default: the standard library's source."})
     validation_file: str | None = field(default=None, metadata={"help": "Held-out text that goes with train_file."})
+    starts: list[str] | None = field(default=None, metadata={"help": "Only the starts of these names. Default: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One source and comparison each."})
 
 
@@ -127,10 +128,13 @@ def compare(arguments: ComparisonArguments, seed: int, blocks: dict[str, Dataset
     losses = {"source": (loss, loss)}
     print(f"seed {seed}, source: {loss:.3f}", flush=True)
     options = {"max_steps": arguments.max_steps, "learning_rate": arguments.learning_rate}
-    for name, make in starts(source.eval(), parse_overrides(arguments.config_overrides)).items():
+    makers = starts(source.eval(), parse_overrides(arguments.config_overrides))
+    for name in makers if arguments.starts is None else arguments.starts:
+        if name not in makers:
+            raise ValueError(f"`starts` must be among {list(makers)}, but got {name!r}.")
         set_seed(seed)
         # Another order of the blocks than the source's.
-        trainer = make_trainer(make(), arguments, blocks, seed + 1000, **options)
+        trainer = make_trainer(makers[name](), arguments, blocks, seed + 1000, **options)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         losses[name] = (before, trainer.evaluate()["eval_loss"])

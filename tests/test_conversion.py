@@ -1,6 +1,7 @@
 """Conversion of GPT-NeoX checkpoints: exact where no loop is added, near the source where one is, and back again."""
 
 import json
+import runpy
 import shlex
 import sys
 
@@ -17,8 +18,9 @@ from conversion import (
 )
 from convert_gpt_neox import ConversionArguments, convert
 from convert_gpt_neox import main as convert_main
-from corpus import standard_library_root
-from documents import ROOT, commands, run
+from corpus import SPLITS, standard_library_root
+from datasets import Dataset
+from documents import ROOT, commands
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from support import VOCAB, large_weights, pad_rows, random_ids, small_config
@@ -365,6 +367,11 @@ def test_checkpoints_that_are_no_gpt_neox_language_model_are_refused(tmp_path):
 # -- what a conversion is worth, and the commands of the page -----------------------------------------------------
 
 
+TRAINED_ON = ["argparse", "ast", "calendar", "codecs", "copy", "datetime", "difflib", "functools", "inspect", "ipaddress"]
+TRAINED_ON += ["locale", "optparse", "pdb", "pickle", "random", "socket", "statistics", "tarfile", "threading", "typing"]
+HELD_OUT = ["pathlib", "shutil", "subprocess", "zipfile"]
+
+
 def library_text(names: list[str], path) -> str:
     path.write_text("\n".join((standard_library_root() / f"{name}.py").read_text() for name in names))
     return str(path)
@@ -376,14 +383,15 @@ def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
             hidden_size=32,
             num_hidden_layers=6,
             config_overrides="num_prelude_layers=1,num_core_layers=2,num_coda_layers=1,chunk_sizes=[4,2,1]",
-            source_steps=120,
+            source_steps=60,
             source_learning_rate=1e-2,
-            max_steps=10,
-            learning_rate=3e-3,
+            max_steps=20,
+            learning_rate=1e-3,
             block_size=64,
             max_eval_samples=32,
-            train_file=library_text(["argparse", "datetime", "inspect", "typing"], tmp_path / "train.txt"),
-            validation_file=library_text(["pathlib"], tmp_path / "validation.txt"),
+            train_file=library_text(TRAINED_ON, tmp_path / "train.txt"),
+            validation_file=library_text(HELD_OUT, tmp_path / "validation.txt"),
+            starts=["converted", "random"],
             seeds=[0],
         )
     )
@@ -392,7 +400,26 @@ def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
     assert gained > 1, "the source has learnt too little for a comparison"
     assert converted[0] - source[0] < 0.2 * gained
     assert converted[1] < converted[0] and random[1] - converted[1] > 0.5 * gained
-    assert converted[0] < losses["routers undecided"][0]
+    assert list(losses) == ["source", "converted", "random"]
+
+
+def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
+    arguments = compare_starts.ComparisonArguments(starts=["upside down"])
+    source = neox_model(num_hidden_layers=8)
+    options = {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 1, "chunk_sizes": [4, 1]}
+    makers = compare_starts.starts(source, options)
+    cores = {name: make().model.core[1].mlp.dense_h_to_4h.weight for name, make in makers.items()}
+    layers = [layer.mlp.dense_h_to_4h.weight for layer in source.gpt_neox.layers]
+    assert torch.equal(cores["converted"], layers[3]) and torch.equal(cores["core from the first layers"], layers[2])
+    assert torch.equal(cores["core from the last layers"], layers[5])
+    assert torch.allclose(cores["core from means of neighbours"], (layers[3] + layers[4]) / 2)
+    assert makers["anchor"]().config.topology == "anchor"
+    assert makers["routers undecided"]().model.topology.read[0].bias.abs().max() < 0.2
+    assert not any(torch.equal(cores["random"].double(), layer) for layer in layers)
+    blocks = {split: Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}) for split in SPLITS}
+    arguments.source_steps = 1
+    with pytest.raises(ValueError, match="starts.*converted.*upside down"):
+        compare_starts.compare(arguments, 0, blocks, VOCAB)
 
 
 @pytest.fixture
@@ -404,20 +431,35 @@ def tiny_pythia(workplace):
     return folder
 
 
-def test_the_commands_of_the_page_run(workplace, tiny_pythia):
+def test_the_commands_of_the_page_run(workplace, tiny_pythia, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
     lines = commands("docs/conversion.md")
     assert len(lines) >= 5
     short = {
         "examples/uptrain.py": ["--max_steps", "2", "--block_size", "32", "--train_file", "text.txt"],
         "scripts/train.py": ["--max_steps", "2", "--train_file", "text.txt", "--report_to", "none"],
         "scripts/compare_starts.py": [
-            *("--hidden_size", "8", "--source_steps", "2", "--max_steps", "1", "--max_eval_samples", "2"),
+            *(
+                "--hidden_size",
+                "32",
+                "--starts",
+                "converted",
+                "--source_steps",
+                "2",
+                "--max_steps",
+                "1",
+                "--max_eval_samples",
+                "2",
+            ),
             *("--train_file", "text.txt", "--validation_file", "text.txt", "--seeds", "0"),
         ],
     }
     for line in lines:
         words = shlex.split(line.replace("EleutherAI/pythia-160m", "pythia"))
         assert words[0] == "python", line
-        printed = run([sys.executable, *words[1:], *short.get(words[1], [])], workplace)
-        if words[1] == "examples/uptrain.py":
-            assert "held-out loss: source" in printed
+        monkeypatch.setattr(sys, "argv", [*words[1:], *short.get(words[1], [])])
+        runpy.run_path(words[1], run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "held-out loss: source" in printed and "| converted |" in printed
+    assert {"converted", "plain", "back", "uptrained", "trained"} <= files(workplace / "runs")
+    assert same_state(*(AutoModelForCausalLM.from_pretrained(folder) for folder in ("pythia", "runs/back")))
