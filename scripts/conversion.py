@@ -151,17 +151,16 @@ def copy_layer(sources: list[nn.Module], target: nn.Module) -> None:
     target.load_state_dict(states[0])
 
 
+def parts_outside_of_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Embeddings, final norm and head of either architecture."""
+    norm = model.gpt_neox.final_layer_norm if isinstance(model, GPTNeoXForCausalLM) else model.model.norm
+    return model.get_input_embeddings(), norm, model.get_output_embeddings()
+
+
 def copy_outside_of_layers(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Embeddings, final norm and head, and the settings of `generate()`."""
-    for model in (source, target):
-        base = model.base_model
-        norm = base.final_layer_norm if isinstance(model, GPTNeoXForCausalLM) else base.norm
-        parts = (model.get_input_embeddings(), norm, model.get_output_embeddings())
-        if model is source:
-            states = [part.state_dict() for part in parts]
-        else:
-            for part, state in zip(parts, states, strict=True):
-                part.load_state_dict(state)
+    """Copies what is no layer, and the settings of `generate()`."""
+    for copied, part in zip(parts_outside_of_layers(source), parts_outside_of_layers(target), strict=True):
+        part.load_state_dict(copied.state_dict())
     target.generation_config = copy.deepcopy(source.generation_config)
 
 

@@ -10,7 +10,7 @@ import torch
 from documents import ROOT, commands
 from support import large_weights, pad_rows, random_ids, small_model
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TorchAoConfig
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -132,11 +132,11 @@ def test_a_map_by_hand_may_send_parts_to_disk(saved, tmp_path):
 # -- export -------------------------------------------------------------------------------------------------------
 
 CONFIGURATIONS = {
-    "mesh": {"chunk_sizes": [4, 1], "num_core_layers": 1},
+    "mesh": {"chunk_sizes": [4, 1], "num_core_layers": 1, "num_coda_layers": 0},
     "plain": {"chunk_sizes": [], "num_core_layers": 0},
     "anchor, coarse last, far shifts": {
         **{"chunk_sizes": [2, 3], "chunk_offsets": [0, 2], "causal_shifts": [3, 2], "num_core_layers": 1},
-        **{"topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},
+        **{"num_coda_layers": 0, "topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},
     },
 }
 
@@ -174,7 +174,7 @@ def test_an_exported_program_takes_any_batch_of_padded_texts(options, tmp_path):
 
 @torch.no_grad()
 def test_any_length_fits_an_exported_program_by_padding_on_the_right():
-    model = small_model(chunk_sizes=[4, 2], num_core_layers=1)
+    model = small_model(chunk_sizes=[4, 2], num_core_layers=1, num_coda_layers=0)
     program, period = export(model, masked=False)
     program = program.module()
     for length in range(period + 1, 4 * period):
@@ -195,6 +195,15 @@ def test_a_fixed_length_exports_whatever_its_remainder():
         other = random_ids(2, length, seed=1)
         got, expected = program(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits
         assert (got - expected).abs().max() < 1e-9
+
+
+def test_a_cache_is_no_part_of_an_exported_program():
+    model = small_model(chunk_sizes=[4, 1], num_core_layers=1)
+    with pytest.raises(RuntimeError, match="DynamicCache.*not a known type"):
+        torch.export.export(model, (), {"input_ids": random_ids(1, 8)}, strict=False)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="Unsupported input type.*StaticCache"):
+        torch.export.export(model, (), {"input_ids": random_ids(1, 8), "past_key_values": cache}, strict=False)
 
 
 # -- the commands of the page -------------------------------------------------------------------------------------
