@@ -1,3 +1,16 @@
+# Copyright 2026 The SpiralFormer maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
 
 import math
@@ -5,6 +18,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
 
 # Layer types of the KV cache, as `cache_spiralformer` registers them. The module is part of the name: a copy of this
 # code that comes with a checkpoint then has cache layers of its own.
@@ -37,44 +51,53 @@ def check_positive(field: str, value: object) -> None:
         refuse(field, value, "a finite number > 0")
 
 
+INTRODUCTION = r"""
+Configuration of a SpiralFormer model. The defaults give the 160M SpiralFormer-B with MeSH of arXiv 2602.11698.
+
+The model is written `N_pre + N_loop x {1/g_0, ..., 1/g_(T-1)} + N_post`: `num_prelude_layers` layers at token
+resolution, `num_core_layers` shared layers that run once for each entry of `chunk_sizes`, over one latent per chunk of
+g tokens, and `num_coda_layers` layers at token resolution again.
+
+`num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved. Every impossible
+value raises `StrictDataclassError`, which names the field, the value and what is allowed.
+"""
+
+
+@auto_docstring(custom_intro=INTRODUCTION)
 @strict
 class SpiralFormerConfig(PreTrainedConfig):
     r"""
-    Configuration of a SpiralFormer model. The defaults give the 160M SpiralFormer-B with MeSH of arXiv 2602.11698.
-
-    The model is written `N_pre + N_loop x {1/g_0, ..., 1/g_(T-1)} + N_post`: `num_prelude_layers` layers at token
-    resolution, `num_core_layers` shared layers that run once for each entry of `chunk_sizes`, over one latent per
-    chunk of g tokens, and `num_coda_layers` layers at token resolution again.
-
-    Args:
-        vocab_size (`int`): number of token ids.
-        hidden_size (`int`): width D of tokens and latents.
-        intermediate_size (`int`): width of the MLP.
-        num_attention_heads (`int`): heads per attention; must divide `hidden_size`.
-        num_prelude_layers (`int`): layers of f_pre. At least 1 where the first chunk size exceeds 1, because the
-            first slot of the cache counts tokens.
-        num_core_layers (`int`): layers of f_loop, shared by all iterations. 0 exactly where `chunk_sizes` is empty.
-        num_coda_layers (`int`): layers of f_post.
-        chunk_sizes (`list[int]`): g_t, one per iteration, each >= 1. Empty: no loop, a plain GPT-NeoX stack.
-        chunk_offsets (`list[int]`, *optional*): w_t in [0, g_t); the first chunk has g_t - w_t members.
-            Default g // 2.
-        causal_shifts (`list[int]`, *optional*): s_t >= g_t - 1, in tokens; less would leak the future. Default g - 1.
-        down_scaling (`str`): "self_aggregation" (learned softmax over a chunk's members) or "mean".
-        up_scaling (`str`): "allocation" (softmax over slots, computed from the latent) or "broadcast" (1 / g).
-        topology (`str`): "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
-        num_memory_slots (`int`, *optional*): slots B of MeSH. Default T + 3. Refused with another topology.
-        share_core (`bool`): False gives every iteration core layers of its own (the unlooped baseline).
-        rope_parameters (`dict`, *optional*): rotary embedding, default theta 10000 on a quarter of each head.
-        scale_embeddings (`bool`): multiply the embeddings by sqrt(hidden_size).
-        max_position_embeddings (`int`): longest text the model is meant for, in tokens.
-        use_parallel_residual, attention_bias, hidden_act, layer_norm_eps, attention_dropout, hidden_dropout,
-            classifier_dropout, initializer_range, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id,
-            use_cache: as in `GPTNeoXConfig`.
-
-    Raises:
-        `StrictDataclassError`: for every impossible value, naming the field, the value and what is allowed.
-
-    `num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved.
+    num_prelude_layers (`int`):
+        Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first slot of the cache counts
+        tokens.
+    num_core_layers (`int`):
+        Layers of f_loop, shared by all iterations. 0 exactly where `chunk_sizes` is empty.
+    num_coda_layers (`int`):
+        Layers of f_post.
+    chunk_sizes (`list[int]`):
+        g_t, one per iteration, each >= 1. Empty: no loop, a plain GPT-NeoX stack.
+    chunk_offsets (`list[int]`, *optional*):
+        w_t in [0, g_t); the first chunk has g_t - w_t members. Default g // 2.
+    causal_shifts (`list[int]`, *optional*):
+        s_t >= g_t - 1, in tokens; less would leak the future. Default g - 1.
+    down_scaling (`str`):
+        "self_aggregation" (learned softmax over a chunk's members) or "mean".
+    up_scaling (`str`):
+        "allocation" (softmax over slots, computed from the latent) or "broadcast" (1 / g).
+    topology (`str`):
+        "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
+    num_memory_slots (`int`, *optional*):
+        Slots B of MeSH. Default T + 3. Refused with another topology.
+    share_core (`bool`):
+        False gives every iteration core layers of its own (the unlooped baseline).
+    rope_parameters (`dict`, *optional*):
+        Rotary embedding, default theta 10000 on a quarter of each head.
+    scale_embeddings (`bool`):
+        Multiply the embeddings by sqrt(hidden_size).
+    max_position_embeddings (`int`):
+        Longest text the model is meant for, in tokens.
+    use_parallel_residual (`bool`):
+        Attention and MLP read the same state, as in `GPTNeoXConfig`.
     """
 
     model_type = "spiralformer"

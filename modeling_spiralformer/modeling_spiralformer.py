@@ -1,3 +1,16 @@
+# Copyright 2026 The SpiralFormer maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """SpiralFormer (arXiv 2602.11698): a looped Transformer whose shared core runs once per resolution, coarse to fine.
 
 `SpiralFormerModel.forward` is the paper's Algorithm 1. Chunk geometry lives in `chunking_spiralformer`, what is kept
@@ -46,9 +59,11 @@ class SpiralFormerResolution(nn.Module):
         super().__init__()
         self.chunk_size = config.chunk_sizes[iteration]
         self.scorer = self.allocator = None
+        # CODEPATH: every published model scores the members of a chunk; "mean" is the paper's baseline.
         if self.chunk_size > 1 and config.down_scaling == "self_aggregation":
             self.scorer = nn.Linear(config.hidden_size, 1)
             self.scorer.initial_std = 0.0  # starts as the mean
+        # CODEPATH: every published model allocates; "broadcast" is the paper's baseline.
         if self.chunk_size > 1 and config.up_scaling == "allocation":
             self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
             self.allocator.initial_std = 0.0  # starts as a broadcast
@@ -164,11 +179,6 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         "attentions": GPTNeoXAttention,
     }
 
-    def __init__(self, config: SpiralFormerConfig, *args, **kwargs):
-        # `from_pretrained(path, chunk_sizes=...)` sets overrides on a finished config, which nobody has checked yet.
-        config.validate()
-        super().__init__(config, *args, **kwargs)
-
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""
         if requested_attention in ("vllm", "sglang"):
@@ -190,6 +200,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
 @auto_docstring(custom_intro="SpiralFormer without a head: token ids or embeddings to normed states `(B, S, D)`.")
 class SpiralFormerModel(SpiralFormerPreTrainedModel):
     def __init__(self, config: SpiralFormerConfig):
+        # `from_pretrained(path, chunk_sizes=...)` sets overrides on a finished config, which nobody has checked yet.
+        config.validate()
         super().__init__(config)
         iterations, core = config.num_iterations, config.num_core_layers
         core_slot = config.num_prelude_layers
@@ -197,12 +209,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = nn.ModuleList(GPTNeoXLayer(config, slot) for slot in range(core_slot))
+        # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
         core_layers = core if config.share_core else iterations * core
         self.core = nn.ModuleList(GPTNeoXLayer(config, core_slot + i) for i in range(core_layers))
         self.coda = nn.ModuleList(GPTNeoXLayer(config, coda_slot + i) for i in range(config.num_coda_layers))
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
         self.topology = None
         if iterations:
+            # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
@@ -262,6 +276,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             level.padding, level.right_padded, level.unfinished = padding, right_padded, True
 
         # x, the embeddings
+        # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
         if self.config.scale_embeddings:
             inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
         embeddings = hidden_states = self.emb_dropout(inputs_embeds)
@@ -315,8 +330,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
         count = self.config.num_core_layers
+        # CODEPATH: pythia-mesh-1.4b alone does not share its core, and knows its cache slots without an offset.
         layers = self.core if self.config.share_core else self.core[iteration * count : (iteration + 1) * count]
-        slot_offset = iteration * count if self.config.share_core else 0
+        slot_offset = iteration * count if self.config.share_core else 0  # CODEPATH: as above
         view = None if cache is None else SlotView(cache, slot_offset, filling)
         attention_mask = create_causal_mask(
             config=self.config,

@@ -51,13 +51,17 @@ def load_config(name_or_path: str, overrides: dict[str, object] | None = None) -
 
 
 def load_model(
-    name_or_path: str, config: PreTrainedConfig, model_class: type = AutoModelForCausalLM, dtype=torch.float32
+    name_or_path: str,
+    config: PreTrainedConfig,
+    model_class: type = AutoModelForCausalLM,
+    dtype: torch.dtype | str = torch.float32,
+    allow_unused: bool = True,
 ) -> PreTrainedModel:
     """
-    A model, by default for causal language and in float32, with the weights of a checkpoint.
+    A model (by default a causal language model) with the weights of a checkpoint, in `dtype` ("auto": as saved).
 
-    Raises ValueError where the checkpoint lacks a weight, which the library would fill with random numbers, or its
-    file cannot be read.
+    Raises ValueError where the checkpoint lacks a weight, which the library would fill with random numbers, where its
+    file cannot be read, and without `allow_unused` where it holds a weight that the model does not have.
     """
     try:
         model, info = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
@@ -68,6 +72,12 @@ def load_model(
         raise ValueError(
             f"The checkpoint {name_or_path!r} lacks {len(missing)} weights that this configuration needs, "
             f"among them {missing[:LISTED_KEYS]}."
+        )
+    if info["unexpected_keys"] and not allow_unused:
+        unused = sorted(info["unexpected_keys"])
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} holds {len(unused)} weights that {type(model).__name__} has no place "
+            f"for, among them {unused[:LISTED_KEYS]}."
         )
     return model
 

@@ -1,0 +1,230 @@
+"""Dtypes, int8 weights, device maps and exported programs: the library's own ways to run a model elsewhere."""
+
+import math
+import runpy
+import shlex
+import sys
+
+import pytest
+import torch
+from documents import ROOT, commands
+from support import large_weights, pad_rows, random_ids, small_model
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TorchAoConfig
+
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A float32 model with large random weights, and the folder that holds it."""
+    model = small_model(dtype=torch.float32, **WIDE)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    ids, mask = pad_rows([random_ids(1, length, seed=length)[0] for length in (21, 16, 19)], "left")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
+    """The largest error at a real token, in units of the logits' standard deviation there."""
+    got, expected = got[mask.bool()].float(), expected[mask.bool()].float()
+    return ((got - expected).abs().max() / expected.std()).item()
+
+
+# -- dtype --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.01), ("float32", 1e-5)])
+@torch.no_grad()
+def test_every_dtype_runs_and_stays_near_float32(saved, dtype, tolerance):
+    reference, folder = saved
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    expected_dtype = getattr(torch, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected_dtype}
+    batch = padded_batch()
+    outputs, expected = model(**batch, use_cache=False), reference(**batch, use_cache=False)
+    assert outputs.logits.dtype == expected_dtype
+    error = relative_error(outputs.logits, expected.logits, batch["attention_mask"])
+    assert error < tolerance
+    generated = model.generate(
+        **batch, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    text = generated.sequences[:, :-1]
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 8, dtype=torch.long)], dim=1)
+    uncached = model(text, attention_mask=mask, use_cache=False).logits[:, -9:]
+    decoded = torch.stack(generated.logits, dim=1)
+    assert decoded.shape == uncached.shape
+    assert relative_error(decoded, uncached, torch.ones(3, 9)) < tolerance
+
+
+# -- int8 weights -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_int8_weights_generate_and_survive_saving(saved, tmp_path):
+    reference, folder = saved
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    quantised = {name for name in linear if isinstance(model.get_submodule(name).weight, Int8Tensor)}
+    assert linear - quantised == {"lm_head"} and len(quantised) == 4 * 4 + 2 * 2 + 4 * 2
+    batch = padded_batch()
+    logits, expected = model(**batch, use_cache=False).logits, reference(**batch, use_cache=False).logits
+    assert 0 < relative_error(logits, expected, batch["attention_mask"]) < 0.1
+    tokens = model.generate(**batch, max_new_tokens=9, do_sample=False)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 9, dtype=torch.long)], dim=1)
+    again = model(tokens, attention_mask=mask, use_cache=False).logits[:, -10:-1]
+    chosen = again.gather(-1, tokens[:, -9:, None]).squeeze(-1)
+    assert (again.max(-1).values - chosen).max() < 1e-4  # the cached steps chose what the uncached forward prefers
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.model.core[0].mlp.dense_h_to_4h.weight, Int8Tensor)
+    assert torch.equal(loaded(**batch, use_cache=False).logits, logits)
+    size = {path: (path / "model.safetensors").stat().st_size for path in (folder, tmp_path)}
+    assert size[tmp_path] < 0.5 * size[folder]
+
+
+# -- device maps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device_map, share",
+    [("auto", None), ("cpu", None), ({"": "cpu"}, None), ("auto", 10.0), ("auto", 0.7), ("auto", 0.1)],
+)
+@torch.no_grad()
+def test_a_device_map_keeps_the_model_whole_or_sends_it_to_disk(saved, device_map, share):
+    """`share` of the model's size is what the CPU may hold; a map by hand is taken as it is."""
+    reference, folder = saved
+    size = sum(parameter.numel() * 4 for parameter in reference.parameters())
+    memory = {} if share is None else {"max_memory": {"cpu": int(size * share)}}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, **memory)
+    to_disk = share is not None and share < 1
+    assert any(parameter.is_meta for parameter in model.parameters()) == to_disk
+    if to_disk:
+        assert set(model.hf_device_map) <= {"", "model", "lm_head"} and "disk" in model.hf_device_map.values()
+    batch = padded_batch()
+    logits, expected = model(**batch, use_cache=False).logits, reference(**batch, use_cache=False).logits
+    assert relative_error(logits, expected, batch["attention_mask"]) < 1e-5
+    options = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), reference.generate(**batch, **options))
+
+
+@torch.no_grad()
+def test_a_map_by_hand_may_send_parts_to_disk(saved, tmp_path):
+    reference, folder = saved
+    parts = [name for name, _ in reference.model.named_children()]
+    device_map = {f"model.{name}": "disk" if name in ("core", "topology") else "cpu" for name in parts}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={**device_map, "lm_head": "cpu"}, offload_folder=tmp_path
+    )
+    assert model.model.core[0].mlp.dense_h_to_4h.weight.is_meta and not model.model.embed_tokens.weight.is_meta
+    batch = padded_batch()
+    options = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), reference.generate(**batch, **options))
+
+
+# -- export -------------------------------------------------------------------------------------------------------
+
+CONFIGURATIONS = {
+    "mesh": {"chunk_sizes": [4, 1], "num_core_layers": 1, "num_coda_layers": 0},
+    "plain": {"chunk_sizes": [], "num_core_layers": 0},
+    "anchor, coarse last, far shifts": {
+        **{"chunk_sizes": [2, 3], "chunk_offsets": [0, 2], "causal_shifts": [3, 2], "num_core_layers": 1},
+        **{"num_coda_layers": 0, "topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},
+    },
+}
+
+
+def export(model: SpiralFormerForCausalLM, masked: bool) -> tuple[torch.nn.Module, int]:
+    """The program of a dynamic batch and of lengths that are multiples of all chunk sizes; and their period."""
+    period = math.lcm(*model.config.chunk_sizes)
+    shape = {0: torch.export.Dim("batch", max=64), 1: period * torch.export.Dim("periods", min=2, max=64)}
+    inputs = {"input_ids": random_ids(2, 3 * period)}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    shapes = {**dict.fromkeys(inputs, shape), "use_cache": None}
+    program = torch.export.export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False)
+    return program, period
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@torch.no_grad()
+def test_an_exported_program_takes_any_batch_of_padded_texts(options, tmp_path):
+    model = small_model(**options)
+    program, period = export(model, masked=True)
+    torch.export.save(program, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for rows, length in ((1, 12), (3, 24), (2, 36)):
+        assert length % period == 0
+        texts = [random_ids(1, length - 5 * row, seed=row)[0] for row in range(rows)]
+        ids, mask = pad_rows(texts, "left", total=length)
+        got = program(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        assert (got - expected)[mask.bool()].abs().max() < 1e-9
+        for row, text in enumerate(texts):
+            alone = model(text[None], use_cache=False).logits[0]
+            assert (got[row, length - len(text) :] - alone).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_any_length_fits_an_exported_program_by_padding_on_the_right():
+    model = small_model(chunk_sizes=[4, 2], num_core_layers=1, num_coda_layers=0)
+    program, period = export(model, masked=False)
+    program = program.module()
+    for length in range(period + 1, 4 * period):
+        text = random_ids(2, length, seed=length)
+        padded = torch.nn.functional.pad(text, (0, -length % period), value=7)
+        got = program(input_ids=padded, use_cache=False).logits[:, :length]
+        assert (got - model(text, use_cache=False).logits).abs().max() < 1e-9
+    with pytest.raises(AssertionError, match="Guard failed.*size"):
+        program(input_ids=random_ids(2, 3 * period + 1), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_fixed_length_exports_whatever_its_remainder():
+    model = small_model(chunk_sizes=[4, 1], num_core_layers=1)
+    for length in (1, 22):
+        text = random_ids(2, length)
+        program = torch.export.export(model, (), {"input_ids": text, "use_cache": False}, strict=False).module()
+        other = random_ids(2, length, seed=1)
+        got, expected = program(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits
+        assert (got - expected).abs().max() < 1e-9
+
+
+def test_a_cache_is_no_part_of_an_exported_program():
+    model = small_model(chunk_sizes=[4, 1], num_core_layers=1)
+    with pytest.raises(RuntimeError, match="DynamicCache.*not a known type"):
+        torch.export.export(model, (), {"input_ids": random_ids(1, 8)}, strict=False)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="Unsupported input type.*StaticCache"):
+        torch.export.export(model, (), {"input_ids": random_ids(1, 8), "past_key_values": cache}, strict=False)
+
+
+# -- the commands of the page -------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_run(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    (command,) = commands("docs/deployment.md")
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "examples/quantise.py")
+    config = SpiralFormerConfig.from_pretrained(ROOT / "configuration" / "tiny")
+    large_weights(SpiralFormerForCausalLM(config)).save_pretrained(words[0])
+    AutoTokenizer.from_pretrained(ROOT / "tokenization").save_pretrained(words[0])
+    words += ["--validation_file", "text.txt", "--block_size", "32", "--max_eval_samples", "8"]
+    kept = {}
+    for keep in (["lm_head"], ["lm_head", "model.topology", "model.resolutions"]):
+        monkeypatch.setattr(sys, "argv", [script, *words, "--keep", *keep, "--dtype", "bfloat16", "--prompt", "def"])
+        runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr().out
+        assert "perplexity: " in printed and "MiB in runs/quantised" in printed and "def" in printed
+        model = AutoModelForCausalLM.from_pretrained("runs/quantised")
+        assert model.dtype == torch.bfloat16
+        kept[len(keep)] = isinstance(model.model.topology.read[0].weight, Int8Tensor)
+    assert kept == {1: True, 3: False}
