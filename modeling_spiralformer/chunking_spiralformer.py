@@ -221,7 +221,7 @@ class ChunkGrid:
         )
 
     def packed_reads(self, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the tokens of packed rows read, in slots counted from latent column 0, and whether they do: `(B, S)`."""
+        """For each token the slot it reads, counted from latent column 0, and whether it reads: both `(B, S)`."""
         position_ids = documents.position_ids
         fills = self._fills(position_ids).long()
         latents = fills.cumsum(dim=-1) - fills  # a token's chunk is the next to fill

@@ -240,7 +240,7 @@ class Level:
 
 
 class PackedLevel(Level):
-    """A level of packed rows, for one forward without a cache: no chunk, no latent and no shift leaves its document."""
+    """A level of packed rows, for one forward without a cache: no chunk and no read leaves its document."""
 
     def __init__(self, grid: ChunkGrid, documents: Documents):
         super().__init__(grid, cached=False)

@@ -431,7 +431,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         """What `position_ids` of shape `(B or 1, S)` say of packed rows: a text starts where they restart.
 
         Returns:
-            None where no row is packed. A compiled call cannot look, and takes every row for one text.
+            None where no row is packed. A compiled call cannot look: where the batch says otherwise that it is packed,
+            it leaves the graph (an error with `fullgraph=True`), else it takes every row for one text.
         """
         boundaries = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
         if position_ids is None:
