@@ -46,7 +46,7 @@ class Documents:
     """The texts of packed rows, which follow each other without padding.
 
     Args:
-        position_ids (`torch.LongTensor` of shape `(B, S)`): the place of each token in its document.
+        position_ids (`torch.LongTensor` of shape `(B or 1, S)`): the place of each token in its document.
 
     Raises:
         `ValueError`: where a document does not count 0, 1, 2, ...
@@ -76,7 +76,7 @@ class Filling:
     Args:
         rows: `(R,)` the rows of the batch that run, or None for all of them.
         position_ids: `(R or 1, K)` chunk index of each latent, its rotary position.
-        member_columns: `(R, K, G)` batch column of each member, or the int column of the first member of `first`.
+        member_columns: `(R or 1, K, G)` batch column of each member, or the int column of the first member of `first`.
             A one-token step of a static cache has `first` as a 0-dim tensor and `last` as the size of its store.
         present: `(R or 1, K, G)` True where that member is a token of the row; None where all are.
         valid: `(R, last)` True where a latent column is filled in that row; None where all are.
@@ -201,27 +201,27 @@ class ChunkGrid:
     def packed_filling(self, documents: Documents) -> Filling | None:
         """What packed rows fill, from first to last token; None where no document fills anything.
 
-        A row that fills fewer chunks than another ends in latents that nobody reads, each a document of its own.
+        A row that fills fewer chunks than another ends in latents of its other tokens, which nobody reads.
         """
         count = int(self._fills(documents.on_host).sum(dim=-1).max())
         if count == 0:
             return None
         position_ids = documents.position_ids
-        fills = self._fills(position_ids)
-        columns = fills.long().argsort(dim=-1, descending=True, stable=True)[:, :count]  # of each chunk's last member
-        last_members, filled = position_ids.gather(1, columns), fills.gather(1, columns)
+        # Where each chunk has its last member: the columns that fill, in order, come before those that do not.
+        columns = self._fills(position_ids).long().argsort(dim=-1, descending=True, stable=True)[:, :count]
+        last_members = position_ids.gather(1, columns)
         slots = torch.arange(1 - self.size, 1, device=position_ids.device)
         return Filling(
             first=0,
             last=count,
-            position_ids=((last_members + self.offset) // self.size).masked_fill(~filled, 0),
+            position_ids=(last_members + self.offset) // self.size,
             member_columns=columns[..., None] + slots,
             present=last_members[..., None] + slots >= 0,
             packed=True,
         )
 
     def packed_reads(self, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each token the slot it reads, counted from latent column 0, and whether it reads: both `(B, S)`."""
+        """For each token the slot it reads, counted from latent column 0, and whether it reads: both `(B or 1, S)`."""
         position_ids = documents.position_ids
         fills = self._fills(position_ids).long()
         latents = fills.cumsum(dim=-1) - fills  # a token's chunk is the next to fill

@@ -86,7 +86,7 @@ def write_one_column(stored: torch.Tensor, new: torch.Tensor, column: torch.Tens
 
 
 def read_slots(updates: torch.Tensor, position: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
-    """`(B, S, D)` out of updates `(B, K * G, D)`: the slot at `position` `(B, S)`, zero where not `readable`."""
+    """`(B, S, D)` out of updates `(B, K * G, D)`: the one at `position` `(B or 1, S)`, zero if not `readable`."""
     index = position.clamp(0, updates.shape[1] - 1)
     rows = torch.arange(updates.shape[0], device=updates.device)[:, None]
     return updates[rows, index] * readable[..., None].to(updates.dtype)

@@ -458,7 +458,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise ValueError(f"{packed}, but `past_key_values` must be None then: nothing can be appended to them.")
         if token_mask is not None:
             raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
-        return Documents(position_ids.expand(batch, -1))
+        return Documents(position_ids)
 
     def _position_ids(self, padding: LeftPadding | None, past: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
