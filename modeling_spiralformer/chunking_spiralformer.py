@@ -20,6 +20,9 @@ column a = p + i, and its chunk j fills at the column a of its last member. All 
 of a window of g columns, its phase e = (p - 1 - w) mod g, so the chunk that fills at column a is given the latent
 column a // g: each row has at most one filling per window, latent columns never collide, and unpadded rows waste none.
 The members of latent column c are the batch columns c*g + e - g + 1 ... c*g + e. `docs/cache.md` draws it.
+
+Packed rows, where documents follow each other, have no one phase: their filled chunks get latent columns in the order
+in which they fill.
 """
 
 from dataclasses import dataclass
@@ -52,6 +55,29 @@ class LeftPadding:
         return torch.arange(columns, device=self.columns.device) >= self.columns[:, None]
 
 
+class Documents:
+    """The texts of packed rows, which follow each other without padding.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(B or 1, S)`): the place of each token in its document.
+
+    Raises:
+        `ValueError`: where a document does not count 0, 1, 2, ...
+    """
+
+    def __init__(self, position_ids: torch.Tensor):
+        self.position_ids = position_ids
+        self.on_host = position_ids.cpu()  # one read from the device for all levels
+        before = self.on_host.new_full((len(position_ids), 1), -1)
+        wrong = (self.on_host != 0) & (self.on_host.diff(dim=-1, prepend=before) != 1)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                "`position_ids` of packed rows must count 0, 1, 2, ... in each document, but row "
+                f"{row} has {self.on_host[row, max(0, column - 1) : column + 1].tolist()} up to column {column}."
+            )
+
+
 @dataclass(frozen=True)
 class Filling:
     """The chunks of one level that one call completes: latent columns `first` to `last` (excluded).
@@ -63,11 +89,12 @@ class Filling:
     Args:
         rows: `(R,)` the rows of the batch that run, or None for all of them.
         position_ids: `(R or 1, K)` chunk index of each latent, its rotary position.
-        member_columns: `(R, K, G)` batch column of each member, or the int column of the first member of `first`.
+        member_columns: `(R or 1, K, G)` batch column of each member, or the int column of the first member of `first`.
             A one-token step of a static cache has `first` as a 0-dim tensor and `last` as the size of its store.
         present: `(R or 1, K, G)` True where that member is a token of the row; None where all are.
         valid: `(R, last)` True where a latent column is filled in that row; None where all are.
         fresh: `(R, K)` True where this call fills that pair; None where it fills all.
+        packed: whether `position_ids` restart, and latents attend only to those of their own document.
     """
 
     first: int | torch.Tensor
@@ -78,6 +105,7 @@ class Filling:
     rows: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     fresh: torch.Tensor | None = None
+    packed: bool = False
 
     @property
     def count(self) -> int:
@@ -181,6 +209,43 @@ class ChunkGrid:
         phase, first_latent = self.phase(pads), self.first_latent(pads)
         return max(self.opened(start, phase), first_latent), max(self.opened(end, phase), first_latent)
 
+    # -- packed rows --------------------------------------------------------------------------------------------
+
+    def packed_filling(self, documents: Documents) -> Filling | None:
+        """What packed rows fill, from first to last token; None where no document fills anything.
+
+        A row that fills fewer chunks than another ends in latents of its other tokens, which nobody reads.
+        """
+        count = int(self._fills(documents.on_host).sum(dim=-1).max())
+        if count == 0:
+            return None
+        position_ids = documents.position_ids
+        # Where each chunk has its last member: the columns that fill, in order, come before those that do not.
+        columns = self._fills(position_ids).long().argsort(dim=-1, descending=True, stable=True)[:, :count]
+        last_members = position_ids.gather(1, columns)
+        slots = torch.arange(1 - self.size, 1, device=position_ids.device)
+        return Filling(
+            first=0,
+            last=count,
+            position_ids=(last_members + self.offset) // self.size,
+            member_columns=columns[..., None] + slots,
+            present=last_members[..., None] + slots >= 0,
+            packed=True,
+        )
+
+    def packed_reads(self, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token the slot it reads, counted from latent column 0, and whether it reads: both `(B or 1, S)`."""
+        position_ids = documents.position_ids
+        fills = self._fills(position_ids).long()
+        latents = fills.cumsum(dim=-1) - fills  # a token's chunk is the next to fill
+        slots = latents * self.size + (position_ids + self.offset) % self.size
+        columns = torch.arange(position_ids.shape[1], device=position_ids.device) - self.shift
+        return slots[:, columns.clamp(min=0)], position_ids >= self.shift
+
+    def _fills(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """True where a token is the last member of its chunk."""
+        return (position_ids + self.offset + 1) % self.size == 0
+
     # -- what the next call will need ---------------------------------------------------------------------------
 
     def open_tokens(self, columns: int, padding: LeftPadding | None) -> int:
@@ -216,4 +281,4 @@ def read_left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.bool().cumsum(dim=-1) == 0).sum(dim=-1)
 
 
-__all__ = ["ChunkGrid", "Filling", "LeftPadding", "read_left_padding"]
+__all__ = ["ChunkGrid", "Documents", "Filling", "LeftPadding", "read_left_padding"]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding
+from .chunking_spiralformer import ChunkGrid, Documents, Filling, LeftPadding
 
 # A store that grows gets room for this share of its columns more than it holds.
 SPARE_SHARE = 1 / 64
@@ -96,6 +96,13 @@ def write_one_column(stored: torch.Tensor, new: torch.Tensor, column: torch.Tens
         fresh = filling.fresh.view(-1, *[1] * (new.dim() - 1))
         new = torch.where(fresh, new, stored.index_select(-2, column[None]))
     stored.index_copy_(-2, column[None], new)
+
+
+def read_slots(updates: torch.Tensor, position: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
+    """`(B, S, D)` out of updates `(B, K * G, D)`: the one at `position` `(B or 1, S)`, zero if not `readable`."""
+    index = position.clamp(0, updates.shape[1] - 1)
+    rows = torch.arange(updates.shape[0], device=updates.device)[:, None]
+    return updates[rows, index] * readable[..., None].to(updates.dtype)
 
 
 class Level:
@@ -195,9 +202,7 @@ class Level:
         columns = torch.arange(start, start + length, device=updates.device)
         readable = columns - self.grid.shift >= pads
         position = self.grid.read_position(columns, self.grid.phase(pads)) - slots_before
-        index = position.clamp(0, updates.shape[1] - 1)
-        rows = torch.arange(updates.shape[0], device=updates.device)[:, None]
-        return updates[rows, index] * readable[..., None].to(updates.dtype)
+        return read_slots(updates, position, readable)
 
     def _trim(self) -> None:
         """Drops the states that no later call needs; clones, or a slice would keep the whole prefill alive."""
@@ -245,6 +250,21 @@ class Level:
             self.latents = change(self.latents)
         if self.padding is not None:
             self.padding = LeftPadding(change(self.padding.columns))
+
+
+class PackedLevel(Level):
+    """A level of packed rows, for one forward without a cache: no chunk and no read leaves its document."""
+
+    def __init__(self, grid: ChunkGrid, documents: Documents):
+        super().__init__(grid, cached=False)
+        self.documents = documents
+
+    def feed(self, states: torch.Tensor) -> Filling | None:
+        self.seen, self.tokens = states.shape[1], states
+        return self.grid.packed_filling(self.documents)
+
+    def _shift(self, updates: torch.Tensor, first: int, start: int, length: int) -> torch.Tensor:
+        return read_slots(updates, *self.grid.packed_reads(self.documents))
 
 
 class StaticLevel(Level):
@@ -377,4 +397,4 @@ class StaticLevel(Level):
             state.zero_()
 
 
-__all__ = ["ColumnStore", "Level", "StaticLevel", "write_columns", "write_one_column"]
+__all__ = ["ColumnStore", "Level", "PackedLevel", "StaticLevel", "write_columns", "write_one_column"]

@@ -44,9 +44,9 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_spiralformer import SlotView, bind_levels
-from .chunking_spiralformer import ChunkGrid, Filling, LeftPadding, read_left_padding
+from .chunking_spiralformer import ChunkGrid, Documents, Filling, LeftPadding, read_left_padding
 from .configuration_spiralformer import SpiralFormerConfig
-from .level_spiralformer import Level
+from .level_spiralformer import Level, PackedLevel
 
 
 class SpiralFormerResolution(nn.Module):
@@ -255,6 +255,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None  # a replayed layer would write its keys twice
+        given_cache = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -262,9 +263,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         padding, token_mask, right_padded, past = self._read_mask(
             attention_mask, past_key_values, levels, inputs_embeds
         )
-        position_ids = self._position_ids(position_ids, padding, token_mask, past, inputs_embeds)
+        documents = self._documents(position_ids, token_mask, past, given_cache, inputs_embeds, kwargs)
+        if documents is not None:  # packed rows are read whole, in training: no call goes on from them
+            use_cache, past_key_values, position_ids = False, None, documents.position_ids
+            levels = [PackedLevel(grid, documents) for grid in self.grids]
+        if position_ids is None:
+            position_ids = self._position_ids(padding, past, inputs_embeds)
         token_layer = {
-            "attention_mask": self._token_mask(token_mask, past_key_values, inputs_embeds),
+            "attention_mask": self._token_mask(token_mask, documents, past_key_values, inputs_embeds),
             "position_ids": position_ids,
             "layer_past": past_key_values,
             "use_cache": use_cache,
@@ -339,6 +345,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             inputs_embeds=latents,
             attention_mask=filling.valid,
             past_key_values=view,
+            position_ids=filling.position_ids if filling.packed else None,
             layer_idx=self.config.num_prelude_layers + iteration * count,
         )
         position_embeddings = self.rotary_emb(latents, position_ids=filling.position_ids)
@@ -438,33 +445,58 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             )
         return attention_mask
 
-    def _position_ids(
+    def _documents(
         self,
         position_ids: torch.Tensor | None,
-        padding: LeftPadding | None,
         token_mask: torch.Tensor | None,
         past: int,
+        given_cache: Cache | None,
         inputs_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        kwargs: dict,
+    ) -> Documents | None:
+        """What `position_ids` of shape `(B or 1, S)` say of packed rows: a text starts where they restart.
+
+        Returns:
+            None where no row is packed. A compiled call cannot look: where the batch says otherwise that it is packed,
+            it leaves the graph (an error with `fullgraph=True`), else it takes every row for one text.
+        """
+        boundaries = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
         if position_ids is None:
-            columns = torch.arange(past, past + length, device=device)[None]
-            return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
-        shape, allowed = tuple(position_ids.shape), ((1, length), (inputs_embeds.shape[0], length))
+            if boundaries:
+                raise ValueError(f"`position_ids` must say where texts start, but got `{boundaries[0]}` without them.")
+            return None
+        batch, length = inputs_embeds.shape[:2]
+        shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
         if shape not in allowed:
             raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-        if length > 1 and not is_torchdynamo_compiling():
-            restarts = position_ids.diff(dim=-1) <= 0
-            if token_mask is not None:
-                real = token_mask[:, past : past + length].bool()
-                restarts = restarts & real[:, :-1] & real[:, 1:]
-            if restarts.any():
-                raise ValueError("`position_ids` must increase along a row: packed rows are not supported.")
-        return position_ids
+        if is_torchdynamo_compiling() and boundaries:
+            raise ValueError(f"`{boundaries[0]}` says that rows are packed, which a compiled forward cannot follow.")
+        if length == 1 or is_torchdynamo_compiling():
+            return None
+        restarts = position_ids.diff(dim=-1) <= 0
+        if token_mask is not None:
+            real = token_mask[:, past : past + length].bool()
+            restarts = restarts & real[:, :-1] & real[:, 1:]
+        if not restarts.any():
+            return None
+        packed = "`position_ids` restart in a row (packed rows)"
+        if given_cache is not None:
+            raise ValueError(f"{packed}, but `past_key_values` must be None then: nothing can be appended to them.")
+        if token_mask is not None:
+            raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
+        return Documents(position_ids)
+
+    def _position_ids(self, padding: LeftPadding | None, past: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
+        columns = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
 
     def _token_mask(
-        self, token_mask: torch.Tensor | None, cache: Cache | None, inputs_embeds: torch.Tensor
+        self,
+        token_mask: torch.Tensor | None,
+        documents: Documents | None,
+        cache: Cache | None,
+        inputs_embeds: torch.Tensor,
     ) -> torch.Tensor | None:
         """The mask of prelude and coda, sized by the first cache slot at token resolution."""
         if not self.prelude and not self.coda:
@@ -475,6 +507,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=token_mask,
             past_key_values=cache,
+            position_ids=None if documents is None else documents.position_ids,
             layer_idx=slot,
         )
 

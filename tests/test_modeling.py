@@ -409,7 +409,7 @@ def test_capability_flags_promise_only_what_was_run():
         ({"input_ids": random_ids(1, 4), "attention_mask": torch.ones(1, 1, 4, 4)}, "4 dimensions"),
         ({"input_ids": random_ids(1, 4), "attention_mask": torch.ones(1, 5)}, r"\(1, 4\)"),
         ({"input_ids": random_ids(2, 4), "attention_mask": torch.ones(1, 4)}, r"\(2, 4\)"),
-        ({"input_ids": random_ids(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}, "packed"),
+        ({"input_ids": random_ids(1, 4), "position_ids": torch.tensor([[0, 1, 1, 2]])}, "packed"),
     ],
 )
 def test_bad_input_is_refused(call, message):
