@@ -270,7 +270,10 @@ def bind_levels(
     if [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers] != [
         layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types
     ]:
-        raise ValueError(f"{expected}, and hold latents unquantised, but got {cache!r} of {len(layers)} layers.")
+        raise ValueError(
+            f"{expected}, and hold latents unquantised, but got {cache!r} of {len(layers)} layers. Prefix tuning puts "
+            "in a cache of its own and is not supported: its keys belong to no chunk. Take prompt tuning or LoRA."
+        )
     if cache.offloading:
         raise ValueError(f"{expected}, but got an offloaded cache: latents are few, keep them on the device.")
 

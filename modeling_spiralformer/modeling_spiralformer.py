@@ -315,7 +315,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             latents = resolution.down(level.members(filling), filling.present)
             level.store(self._run_core(iteration, latents, filling, cache, **kwargs), filling)
         update = level.read(hidden_states.shape[1], resolution.up)
-        if filling is None and self.training:
+        sharded = hasattr(self.core[0], "unshard")  # an FSDP module
+        if filling is None and (self.training or sharded):
             update = update + self._idle_core(iteration, hidden_states, **kwargs)
         return update
 
@@ -323,6 +324,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         """Runs an iteration that filled nothing on one zero latent, for a zero that depends on every parameter.
 
         Data-parallel training waits for a gradient of every parameter in every step, also of a text shorter than g.
+        Where FSDP shards the core, all processes have to call its layers equally often, also in evaluation.
         """
         resolution = self.resolutions[iteration]
         members = hidden_states.new_zeros(1, 1, resolution.chunk_size, hidden_states.shape[-1])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from checkpoints import check_tokenizer, load_config, load_model, parse_overrides
 from model_card import CardTrainer
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments, parse_arguments
@@ -47,8 +49,11 @@ def build_model(
     config = load_config(arguments.model_name_or_path or arguments.config_name, overrides)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
     check_tokenizer(tokenizer, config)
-    # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones.
-    checkpoint = training.resume_from_checkpoint or arguments.model_name_or_path
+    # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones. Where FSDP has
+    # saved them in shards, Trainer alone loads them, and stops at a missing one.
+    resumed = training.resume_from_checkpoint
+    sharded = resumed is not None and (Path(resumed) / f"{FSDP_MODEL_NAME}_0").is_dir()
+    checkpoint = (None if sharded else resumed) or arguments.model_name_or_path
     if checkpoint is not None:
         return load_model(checkpoint, config), tokenizer
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
@@ -99,6 +104,8 @@ def set_up_logging(training: SpiralTrainingArguments):
 def run_training(trainer: Trainer, training: SpiralTrainingArguments):
     """Trains, then saves weights, tokenizer, figures and state to output_dir."""
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if trainer.is_fsdp_enabled:  # checkpoints may be in shards, which `save_model` would leave at that
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -143,6 +150,8 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
         preprocess_logits_for_metrics=drop_logits,
         training_data=describe_data(data_arguments),
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
+        raise ValueError("`fsdp` must be off on a CPU: accelerate shards on accelerators only, and would run DDP.")
     if training.do_train:
         run_training(trainer, training)
     if training.do_eval:
