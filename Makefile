@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 STAMP_MIN = .venv-min/.installed
 
-.PHONY: help quickstart test test-min fuzz table memory figures clean
+.PHONY: help quickstart test test-min fuzz table memory benchmark figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 5 minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
+	@echo "make benchmark    time and memory beside GPT-NeoX of the same width, with a picture: about 25 minutes"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make clean        remove environments and runs"
 
@@ -56,6 +57,10 @@ table: $(STAMP)
 
 memory: $(STAMP)
 	$(RUN) scripts/cache_memory.py --config configuration/spiralformer-b-mesh-160m
+
+benchmark: $(STAMP)
+	$(RUN) scripts/benchmark.py
+	$(RUN) scripts/plot_benchmark.py
 
 figures: $(STAMP)
 	$(RUN) scripts/draw_figures.py

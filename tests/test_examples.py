@@ -9,10 +9,10 @@ from documents import ROOT, run
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 # Examples with a test of their own, and the module that runs them.
 ELSEWHERE = {
-    "finetune.py": "test_training.py",
-    "lora.py": "test_training.py",
+    "finetune.py": "test_finetuning.py",
+    "lora.py": "test_finetuning.py",
     "push_and_pull.py": "test_hub.py",
-    "quantise.py": "test_quantisation.py",
+    "quantise.py": "test_deployment.py",
     "uptrain.py": "test_conversion.py",
 }
 HERE = [name for name in EXAMPLES if name not in ELSEWHERE]
