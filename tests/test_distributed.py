@@ -110,7 +110,7 @@ def test_the_commands_of_the_page_run(workplace):
         if "scripts/train.py" in words:
             words += ["--report_to", "none"]
             words[2:2] = ["--main_process_port", "0"]  # any free one
-            if "scripts/accelerate/fsdp2.yaml" in words:
+            if "scripts/launch/fsdp2.yaml" in words:
                 place = words.index("scripts/train.py")
                 words[place:place] = [str(ROOT / "tests" / "distributed_runs.py")]
                 words += ["--use_cpu"]
