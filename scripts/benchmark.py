@@ -44,7 +44,7 @@ class BenchmarkArguments:
 
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda where there is one."})
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
-    repeats: int = field(default=6, metadata={"help": "Rounds through all models; a warm-up round comes before."})
+    repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
     threads: int | None = field(default=None, metadata={"help": "Threads of the CPU. Default: one for each core."})
     output: str = field(default="runs/benchmark.json", metadata={"help": "Where the samples go."})
 
