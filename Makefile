@@ -41,7 +41,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-min: export OMP_NUM_THREADS = 1
 test-min: $(STAMP_MIN)

@@ -25,15 +25,14 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .chunking_spiralformer import ChunkGrid, Filling
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
-from .level_spiralformer import ColumnStore, Level, StaticLevel, write_columns, write_one_column
+from .level_spiralformer import Level, StaticLevel, append_columns, write_columns, write_one_column
 
 
 class GrowingLayer(DynamicLayer):
     """A dynamic layer whose keys and values grow without being copied at every step."""
 
     def __init__(self, **kwargs):
-        super().__init__()
-        self.key_store, self.value_store = ColumnStore(), ColumnStore()
+        super().__init__()  # of 5.17, which hands every layer the arguments of all kinds
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Starts with no columns, in the shape, dtype and on the device of `(B, H, K, D // H)` states to come."""
@@ -43,7 +42,6 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Forgets every state."""
         forget(self)
-        self.key_store, self.value_store = ColumnStore(), ColumnStore()
 
 
 class SpiralFormerTokenLayer(GrowingLayer):
@@ -57,8 +55,8 @@ class SpiralFormerTokenLayer(GrowingLayer):
         """Adds `(B, H, S, D // H)` keys and values; returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self.key_store.append(self.keys, key_states)
-        self.values = self.value_store.append(self.values, value_states)
+        self.keys = append_columns(self.keys, key_states)
+        self.values = append_columns(self.values, value_states)
         return self.keys, self.values
 
 
@@ -107,8 +105,8 @@ class SpiralFormerLatentLayer(GrowingLayer):
         """
         if filling is None:
             raise ValueError("`filling` must say which chunks the keys belong to: this cache layer holds latents.")
-        self.keys = write_columns(self.keys, key_states, filling, self.key_store)
-        self.values = write_columns(self.values, value_states, filling, self.value_store)
+        self.keys = write_columns(self.keys, key_states, filling)
+        self.values = write_columns(self.values, value_states, filling)
         if filling.rows is None:
             return self.keys[..., : filling.last, :], self.values[..., : filling.last, :]
         return self.keys[filling.rows, :, : filling.last], self.values[filling.rows, :, : filling.last]
@@ -239,9 +237,7 @@ def forget(layer: DynamicLayer) -> None:
 def restart(cache: Cache) -> None:
     """Forgets a cache that holds no token, so that it may go on with another number of rows."""
     for layer in cache.layers:
-        forget(layer)
-        if isinstance(getattr(layer, "level", None), Level):
-            layer.level = None
+        layer.reset() if isinstance(layer, GrowingLayer) else forget(layer)
 
 
 def holds_nothing(layer: DynamicLayer) -> bool:

@@ -30,59 +30,55 @@ SPARE_SHARE = 1 / 64
 
 
 def may_write(stored: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether `new` may be written into the memory of `stored`: no gradients and no graph are recorded."""
+    """Whether `new` may be written into the memory of `stored`: one kind, and no gradients or graph recorded."""
     if stored.requires_grad or new.requires_grad or is_torchdynamo_compiling():
+        return False
+    if stored.dtype != new.dtype or stored.device != new.device:
         return False
     return torch.is_inference_mode_enabled() or not stored.is_inference()
 
 
-class ColumnStore:
-    """`torch.cat` along columns that does not copy what is there at every step, but keeps room for the next ones.
+def append_columns(stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`torch.cat([stored, new], dim=-2)` that does not copy `stored` at every step, but leaves room for the next ones.
 
-    Copying all keys for every token would take up to a third of a decode step. Only the very tensor that `append`
-    returned last goes on in the same memory: whatever else a cache operation puts in its place is copied.
+    Copying all keys for every token would take up to a third of a decode step. The result is a view of a longer
+    tensor, its `room`. That goes with the newest view alone: what a cache operation puts in its place is copied first.
+
+    Args:
+        stored: `(B, ..., columns, D)`.
+        new: `(B, ..., K, D)`.
     """
-
-    def __init__(self):
-        self.room: torch.Tensor | None = None
-        self.held: torch.Tensor | None = None
-
-    def append(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`(B, ..., columns + K, D)` of `stored` `(B, ..., columns, D)` and `new` `(B, ..., K, D)`."""
-        held, total = stored.shape[-2], stored.shape[-2] + new.shape[-2]
-        if held == 0 or not may_write(stored, new):
-            self.room = self.held = None
-            return torch.cat([stored, new], dim=-2)
-        if stored is not self.held or total > self.room.shape[-2]:
-            room = (*stored.shape[:-2], total + int(total * SPARE_SHARE), stored.shape[-1])
-            self.room = stored.new_empty(room)
-            self.room.narrow(-2, 0, held).copy_(stored)
-        self.room.narrow(-2, held, total - held).copy_(new)
-        self.held = self.room.narrow(-2, 0, total)
-        return self.held
+    held, total = stored.shape[-2], stored.shape[-2] + new.shape[-2]
+    if held == 0 or stored.shape[:-2] != new.shape[:-2] or not may_write(stored, new):
+        return torch.cat([stored, new], dim=-2)
+    room = stored.__dict__.pop("room", None)
+    if room is None or total > room.shape[-2]:
+        room = stored.new_empty(*stored.shape[:-2], total + int(total * SPARE_SHARE), stored.shape[-1])
+        room.narrow(-2, 0, held).copy_(stored)
+    room.narrow(-2, held, total - held).copy_(new)
+    grown = room.narrow(-2, 0, total)
+    grown.room = room
+    return grown
 
 
-def write_columns(
-    stored: torch.Tensor, new: torch.Tensor, filling: Filling, store: ColumnStore, origin: int = 0
-) -> torch.Tensor:
+def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, origin: int = 0) -> torch.Tensor:
     """Writes what a call computed into columns `filling.first` ... of latent columns; in place where it may.
 
     Args:
         stored: `(B, ..., columns, D)`; its first column is latent column `origin`.
         new: `(R, ..., K, D)`, one entry per row that runs and latent column of `filling`.
-        store: where `stored` grows.
 
     Returns:
         `(B, ..., columns, D)`, long enough for `filling.last`. Pairs that `filling` does not fill keep what they had.
     """
     if filling.fresh is None:
-        return store.append(stored, new)
+        return append_columns(stored, new)
     first, last = filling.first - origin, filling.last - origin
     if last > stored.shape[-2]:
         missing = (*stored.shape[:-2], last - stored.shape[-2], stored.shape[-1])
-        stored = store.append(stored, stored.new_zeros(missing))
+        stored = append_columns(stored, stored.new_zeros(missing))
     if not may_write(stored, new):
-        stored = stored.clone()
+        stored = stored.to(torch.promote_types(stored.dtype, new.dtype), copy=True)
     block = stored.narrow(-2, first, last - first)
     rows = slice(None) if filling.rows is None else filling.rows
     fresh = filling.fresh.view(filling.fresh.shape[0], *[1] * (new.dim() - 3), -1, 1)
@@ -167,8 +163,9 @@ class Level:
             self.latents = latents.new_zeros(empty_shape) if filling.rows is not None else latents
             if filling.rows is None:
                 return
-        # A copy is written to: the latents at hand may be among the hidden states that a forward returned.
-        self.latents = write_columns(self.latents.clone(), latents, filling, ColumnStore(), origin=self.first_latent)
+        # What is there may be among the hidden states that a forward returned: only a copy is written to.
+        stored = self.latents if filling.fresh is None else self.latents.clone()
+        self.latents = write_columns(stored, latents, filling, origin=self.first_latent)
 
     def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The updates `(B, S, D)` of the newest `length` tokens, zero where a token has nothing to read yet.
@@ -397,4 +394,4 @@ class StaticLevel(Level):
             state.zero_()
 
 
-__all__ = ["ColumnStore", "Level", "PackedLevel", "StaticLevel", "write_columns", "write_one_column"]
+__all__ = ["Level", "PackedLevel", "StaticLevel", "append_columns", "write_columns", "write_one_column"]

@@ -264,7 +264,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             attention_mask, past_key_values, levels, inputs_embeds
         )
         documents = self._documents(position_ids, token_mask, past, given_cache, inputs_embeds, kwargs)
-        if documents is not None:  # packed rows are read whole, in training: no call goes on from them
+        if documents is not None:  # packed rows are read whole: no call goes on from them
             use_cache, past_key_values, position_ids = False, None, documents.position_ids
             levels = [PackedLevel(grid, documents) for grid in self.grids]
         if position_ids is None:
@@ -315,8 +315,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             latents = resolution.down(level.members(filling), filling.present)
             level.store(self._run_core(iteration, latents, filling, cache, **kwargs), filling)
         update = level.read(hidden_states.shape[1], resolution.up)
-        sharded = hasattr(self.core[0], "unshard")  # an FSDP module
-        if filling is None and (self.training or sharded):
+        # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
+        if filling is None and (self.training or hasattr(self.core[0], "unshard")):
             update = update + self._idle_core(iteration, hidden_states, **kwargs)
         return update
 
@@ -331,7 +331,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
         latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
-        return 0 * (resolution.up(latents).sum() + hidden_states.sum())
+        return resolution.up(latents)[:0].sum() + hidden_states[:0].sum()  # sums of nothing: zero, whatever the values
 
     def _run_core(
         self, iteration: int, latents: torch.Tensor, filling: Filling, cache: Cache | None, **kwargs
@@ -459,8 +459,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         """What `position_ids` of shape `(B or 1, S)` say of packed rows: a text starts where they restart.
 
         Returns:
-            None where no row is packed. A compiled call cannot look: where the batch says otherwise that it is packed,
-            it leaves the graph (an error with `fullgraph=True`), else it takes every row for one text.
+            None where no row is packed. To look, a compiled call without a cache leaves the graph (an error with
+            `fullgraph=True`, where only the default positions are possible); one with a cache does not look.
         """
         boundaries = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
         if position_ids is None:
@@ -471,9 +471,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
         if shape not in allowed:
             raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-        if is_torchdynamo_compiling() and boundaries:
-            raise ValueError(f"`{boundaries[0]}` says that rows are packed, which a compiled forward cannot follow.")
-        if length == 1 or is_torchdynamo_compiling():
+        if length == 1 or (is_torchdynamo_compiling() and given_cache is not None):
             return None
         restarts = position_ids.diff(dim=-1) <= 0
         if token_mask is not None:

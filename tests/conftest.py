@@ -1,10 +1,16 @@
 """Hypothesis profiles (a hundred histories in `make test`, two thousand in `make fuzz`), and a folder for commands."""
 
+import os
+import tempfile
 from pathlib import Path
 
-import pytest
-from documents import ROOT
-from hypothesis import settings
+# Before any library reads it: caches of this run alone, in each of its processes.
+CACHES = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = CACHES.name
+
+import pytest  # noqa: E402
+from documents import ROOT  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("test", max_examples=100, stateful_step_count=14, deadline=None)
 settings.register_profile("fuzz", max_examples=2000, stateful_step_count=14, deadline=None)

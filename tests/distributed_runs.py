@@ -22,7 +22,7 @@ from modeling_spiralformer import SpiralFormerForCausalLM
 
 STEPS = 20
 ROWS_PER_STEP = 4
-SECONDS = 150  # a collective that one process never enters would wait for half an hour
+SECONDS = 300  # a collective that one process never enters would wait for half an hour
 # Tokens in the rows of a step; two ranks take two rows each. In the second, fourth and fifth step one rank's rows are
 # all shorter than the largest chunk, once without a single token to predict.
 LENGTHS = [[13, 9, 7, 16], [11, 14, 1, 2], [5, 8, 3, 21], [3, 1, 17, 6], [19, 2, 1, 1], [16, 16, 16, 16]]

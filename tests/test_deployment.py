@@ -84,8 +84,10 @@ def test_int8_weights_generate_and_survive_saving(saved, tmp_path):
     assert (again.max(-1).values - chosen).max() < 1e-4  # the cached steps chose what the uncached forward prefers
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert isinstance(loaded.model.core[0].mlp.dense_h_to_4h.weight, Int8Tensor)
-    assert torch.equal(loaded(**batch, use_cache=False).logits, logits)
+    weights = [module.model.core[0].mlp.dense_h_to_4h.weight for module in (model, loaded)]
+    assert isinstance(weights[1], Int8Tensor) and torch.equal(*(weight.dequantize() for weight in weights))
+    # Weights read from a file need not be aligned as those made here, and sums then round otherwise.
+    torch.testing.assert_close(loaded(**batch, use_cache=False).logits, logits, atol=1e-5, rtol=1e-5)
     size = {path: (path / "model.safetensors").stat().st_size for path in (folder, tmp_path)}
     assert size[tmp_path] < 0.5 * size[folder]
 

@@ -23,7 +23,7 @@ from support import small_config, small_model
 from training_data import token_byte_lengths
 from transformers import AutoTokenizer
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerForCausalLM
 
 METRIC = str(ROOT / "scripts" / "metrics" / "sliding_window_perplexity")
 TEXTS = ["def add(a, b):\n    return a + b\n\nclass Tree:\n    pass", "é", "# <|eos|> is no token here\nimport os"]
@@ -66,8 +66,6 @@ def lambada(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer) -> Path:
     """A saved model, with its code beside it, that has learnt some of the passages by heart."""
-    SpiralFormerConfig.register_for_auto_class()
-    SpiralFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     torch.manual_seed(0)
     config = small_config(vocab_size=4096, hidden_size=32, intermediate_size=64, max_position_embeddings=128)
     model = SpiralFormerForCausalLM(config).train()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from documents import commands
+from documents import ROOT, commands
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from support import large_weights, pad_rows, random_ids, small_config, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from modeling_spiralformer import SpiralFormerForCausalLM
 
 LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-TOKENIZER = AutoTokenizer.from_pretrained("tokenization")
+TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 QUIET["bf16"] = False  # TRL's default would be autocast in half precision
 

@@ -78,6 +78,7 @@ def test_pull_without_the_package(pushed, hub, tmp_path):
         if name in CODE:  # a version of the code that works the same, and not together with this one
             content = content.replace(b".attend(", b".get_ready(").replace(b"def attend(", b"def get_ready(")
         files[name] = hub.keep(content)
+    assert sum(hub.files("me/lm", "v1")[name].count(b"def attend(") for name in CODE) > 0
     other.branches["main"] = other.add_commit(files)
     hub.repositories["me/other-code"] = other
     command = [sys.executable, str(ROOT / "tests" / "hub_pull.py"), str(pushed)]
@@ -188,7 +189,7 @@ def checkpoint(tmp_path) -> Path:
     """A saved model in bfloat16 with tokenizer and figures."""
     folder = saved(tmp_path / "checkpoint", vocab_size=4096)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained("tokenization").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "tokenization").save_pretrained(folder)
     (folder / "eval_results.json").write_text('{"eval_loss": 2.5, "eval_runtime": 3.0, "epoch": 1.0}')
     return folder
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from histories import random_history
 
-from modeling_spiralformer import cache_spiralformer
+from modeling_spiralformer import cache_spiralformer, level_spiralformer
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid, LeftPadding
-from modeling_spiralformer.level_spiralformer import ColumnStore, Level, write_columns
+from modeling_spiralformer.level_spiralformer import Level, append_columns, write_columns
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerModel
 
 MODELS = (
@@ -119,10 +119,17 @@ def filled_columns_written_again(stored, new, filling, *args, **kwargs):
     return write_columns(stored, new, filling, *args, **kwargs)
 
 
-def store_goes_on_after_a_change_of_rows(self, stored, new):
-    if self.held is not None and stored.shape == self.held.shape:
-        stored = self.held
-    return ORIGINAL["append"](self, stored, new)
+def room_outlives_a_change_of_rows():
+    """`append_columns` that goes on in the room of the last store of that shape, whatever has replaced it."""
+    rooms = {}
+
+    def append(stored, new):
+        stored = rooms.get((stored.shape, stored.dtype), stored)
+        grown = append_columns(stored, new)
+        rooms[grown.shape, grown.dtype] = grown
+        return grown
+
+    return append
 
 
 ORIGINAL = {
@@ -134,7 +141,6 @@ ORIGINAL = {
     "open_tokens": ChunkGrid.open_tokens,
     "read_position": ChunkGrid.read_position,
     "attend": SpiralFormerLatentLayer.attend,
-    "append": ColumnStore.append,
 }
 
 MUTATIONS = {
@@ -192,7 +198,7 @@ MUTATIONS = {
         "write_columns",
         filled_columns_written_again,
     ),
-    "store goes on after a change of rows": (ColumnStore, "append", store_goes_on_after_a_change_of_rows),
+    "room outlives a change of rows": (level_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
 }
 
 

@@ -215,7 +215,11 @@ def served(tmp_path_factory):
         yield folder, address
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
