@@ -86,7 +86,9 @@ def starts(source: PreTrainedModel, options: dict) -> dict:
         "core from the first layers": convert([[index] for index in between[:count]]),
         "core from the last layers": convert([[index] for index in between[-count:]]),
         "core from means of neighbours": convert(means),
-        "routers undecided": convert(router_bias=0.0),
+        "router_bias 0": convert(router_bias=0.0),
+        "router_bias 4": convert(router_bias=4.0),
+        "router_bias 8": convert(router_bias=8.0),
         "anchor": convert(topology="anchor"),
         "random": random,
     }

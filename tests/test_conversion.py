@@ -434,7 +434,9 @@ def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
     assert torch.equal(cores["core from the last layers"], layers[5])
     assert torch.allclose(cores["core from means of neighbours"], (layers[3] + layers[4]) / 2)
     assert makers["anchor"]().config.topology == "anchor"
-    assert makers["routers undecided"]().model.topology.read[0].bias.abs().max() < 0.2
+    for bias in (0, 4, 8):
+        routers = makers[f"router_bias {bias}"]().model.topology.read
+        assert all(abs(router.bias.max() - bias) < 0.2 for router in routers)
     assert not any(torch.equal(cores["random"].double(), layer) for layer in layers)
     blocks = {split: Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}) for split in SPLITS}
     arguments.source_steps = 1
