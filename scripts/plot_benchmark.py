@@ -108,9 +108,9 @@ class GridResults:
         steps = np.concatenate([np.array(round_) for round_ in self.find("decode", model, **key)])
         return np.percentile(steps, (50, 95, 99, 100)) * 1e3
 
-    def peak_ratio(self, model: str, length: int) -> float:
+    def peak_ratio(self, model: str, length: int, kind: str = "training") -> float:
         """Peak memory of a training step over GPT-NeoX's of equal FLOPs, between and beyond its two depths."""
-        flops = [self.flops(name, length, "training") for name in (PLAIN, DEEP, model)]
+        flops = [self.flops(name, length, kind) for name in (PLAIN, DEEP, model)]
         share = (flops[2] - flops[0]) / (flops[1] - flops[0])
         return self.peaks[model] / (self.peaks[PLAIN] + share * (self.peaks[DEEP] - self.peaks[PLAIN]))
 
@@ -137,12 +137,15 @@ def length_table(results: GridResults, workload: str, lengths: list[int]) -> str
 
 def decode_table(results: GridResults, **key) -> str:
     """Latencies of decode steps, and their mean over GPT-NeoX's and the layer-equivalents."""
-    header = ["model", "layer-equivalents", "p50 ms", "p95", "p99", "worst", "p95/p50", "time/layer-equivalents"]
+    header = ["model", "layer-equivalents", "p50 ms", "p95", "p99", "worst", "p95/p50", f"over {PLAIN}'s"]
+    header += ["time/layer-equivalents"]
+    plain = results.percentiles(PLAIN, **key)
     rows = []
     for model in results.models("decode", **key):
         found = results.percentiles(model, **key)
         row = [model, f"{results.counts[model]['layer_equivalents']:.2f}", *(f"{value:.1f}" for value in found)]
-        rows.append([*row, f"{found[1] / found[0]:.2f}", str(results.decode_quotient(model, **key))])
+        row += [f"{found[1] / found[0]:.2f}", f"{found[1] / found[0] / (plain[1] / plain[0]):.2f}"]
+        rows.append([*row, str(results.decode_quotient(model, **key))])
     return table(header, rows)
 
 
@@ -168,7 +171,7 @@ def memory_table(results: GridResults) -> str:
     context, longest = results.grid["context"], results.grid["size"]["longest"]
     header = ["model", "M parameters", "MiB of weights a step", f"KiB of cache a token, {context}", f"{longest}"]
     header += ["over the formula"]
-    header += ["MiB at the peak of a training step", "over GPT-NeoX of equal FLOPs"]
+    header += ["MiB at the peak of a training step", "over GPT-NeoX of equal FLOPs", "of equal causal FLOPs"]
     rows = []
     for model, counts in results.counts.items():
         cache = [counts["cache_bytes"][str(length)] / length / 1024 for length in (context, longest)]
@@ -179,8 +182,9 @@ def memory_table(results: GridResults) -> str:
         if model in results.peaks:
             length = max(results.grid["training_lengths"])
             row += [f"{results.peaks[model] / MEBIBYTE:.0f}", f"{results.peak_ratio(model, length):.3f}"]
+            row.append(f"{results.peak_ratio(model, length, 'training causal'):.3f}")
         else:
-            row += ["-", "-"]
+            row += ["-", "-", "-"]
         rows.append(row)
     return table(header, rows)
 

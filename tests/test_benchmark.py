@@ -9,6 +9,7 @@ import torch
 from benchmark import EVERY, FLOORED, BenchmarkArguments, DecodeSetting, Grid
 from benchmark_models import DEEP, MODELS, PLAIN, ModelSize
 from benchmark_workloads import DECODE_STEPS, Decode, Floor, call_lengths, count_flops, decode_calls, peak_bytes
+from documents import ROOT
 from plot_benchmark import GridResults, Ratio
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
@@ -32,8 +33,9 @@ def results(tmp_path_factory) -> dict:
             DecodeSetting(4, FLOORED, FLOORED, ragged=True),
         ),
     )
-    path = tmp_path_factory.mktemp("benchmark") / "results.json"
+    path, threads = tmp_path_factory.mktemp("benchmark") / "results.json", torch.get_num_threads()
     benchmark.run((grid,), BenchmarkArguments(repeats=1, threads=1, output=str(path)))
+    torch.set_num_threads(threads)
     return json.loads(path.read_text())
 
 
@@ -57,6 +59,11 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
     assert all(printed.count(f"| {name} |") >= 2 for name in MODELS)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert results["machine"]["threads"] == 1 and len(results["machine"]["load"]) == 3
+
+
+def test_the_tables_of_the_docs_are_those_of_their_samples():
+    committed = json.loads((ROOT / "docs" / "results" / "benchmark.json").read_text())
+    assert plot_benchmark.report(committed) == (ROOT / "docs" / "results" / "benchmark.md").read_text().strip()
 
 
 def test_a_model_as_fast_as_its_counts_has_quotient_one(results):
