@@ -7,12 +7,12 @@ and from random weights, and trains each of them for the same few steps on the s
 """
 
 import statistics
-import tempfile
 from dataclasses import dataclass, field
 
 from checkpoints import parse_overrides
 from conversion import to_spiralformer
 from datasets import Dataset
+from tables import markdown_table
 from training_arguments import ROOT, DataArguments, SpiralTrainingArguments
 from training_data import make_blocks
 from transformers import (
@@ -99,7 +99,7 @@ def make_trainer(
 ) -> Trainer:
     """The paper's optimiser on the given blocks, nothing saved."""
     training = SpiralTrainingArguments(
-        output_dir=tempfile.gettempdir(),
+        output_dir=str(ROOT / "runs" / "compare_starts"),  # nothing is saved there
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         save_strategy="no",
@@ -150,11 +150,11 @@ def format_table(runs: list[dict], max_steps: int) -> str:
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    lines = [f"| start | held-out loss, step 0 | after {max_steps} steps |", "| --- | --- | --- |"]
+    rows = []
     for name in runs[0]:
         before, after = zip(*(run[name] for run in runs), strict=True)
-        lines.append(f"| {name} | {cell(before)} | {'' if name == 'source' else cell(after)} |")
-    return "\n".join(lines)
+        rows.append([name, cell(before), "" if name == "source" else cell(after)])
+    return markdown_table(["start", "held-out loss, step 0", f"after {max_steps} steps"], rows)
 
 
 def main(arguments: ComparisonArguments) -> list[dict]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from tables import format_schedule
+from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 
 from modeling_spiralformer import SpiralFormerPreTrainedModel
@@ -17,14 +18,6 @@ PIPELINES = {
     "AutoModelForTokenClassification": "token-classification",
 }
 TEMPLATE = Path(__file__).with_name("model_card.md")
-
-
-def describe_layers(config: PreTrainedConfig) -> str:
-    """The schedule as the paper writes it, such as `2 + 4 x {1/8, 1/4, 1/2, 1} + 2`."""
-    if not config.chunk_sizes:
-        return str(config.num_prelude_layers + config.num_coda_layers)
-    resolutions = ", ".join("1" if size == 1 else f"1/{size}" for size in config.chunk_sizes)
-    return f"{config.num_prelude_layers} + {config.num_core_layers} x {{{resolutions}}} + {config.num_coda_layers}"
 
 
 def auto_class_of(model: PreTrainedModel) -> str:
@@ -86,6 +79,7 @@ def make_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
+    config = model.config
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -93,8 +87,14 @@ def make_card(
         repo_id=repo_id,
         task=task,
         auto_class=auto_class,
-        config=model.config,
-        layers=describe_layers(model.config),
+        config=config,
+        layers=format_schedule(
+            config.num_prelude_layers,
+            config.num_core_layers,
+            config.num_coda_layers,
+            config.chunk_sizes,
+            config.share_core,
+        ),
         parameters=f"{model.num_parameters():,}",
         training_data=training_data or (None if dataset is None else f"The data set `{dataset}`."),
         evaluation=evaluation,

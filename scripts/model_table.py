@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from make_configurations import published_config
 from published import PUBLISHED_MODELS, PublishedModel
+from tables import format_schedule, markdown_table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
@@ -49,13 +50,7 @@ def measure(config: SpiralFormerConfig) -> Measurement:
 
 def schedule(model: PublishedModel) -> str:
     """The layers in the paper's notation, such as 2+4x{1/8,1/4,1/2,1}+2."""
-    prelude, core, coda = model.layers
-    if not model.chunk_sizes:
-        return str(prelude)
-    if not model.share_core:
-        return "+".join(str(count) for count in (prelude, *[core] * len(model.chunk_sizes), coda))
-    resolutions = ",".join("1" if size == 1 else f"1/{size}" for size in model.chunk_sizes)
-    return f"{prelude}+{core}x{{{resolutions}}}+{coda}"
+    return format_schedule(*model.layers, model.chunk_sizes, model.share_core)
 
 
 HEADER = ("model", "layers", "params", "paper", "non-emb.", "paper", "TFLOPs", "paper", "deviation")
@@ -80,8 +75,7 @@ def table_row(model: PublishedModel, measured: Measurement) -> tuple[str, ...]:
 def format_table(rows: list[tuple[str, ...]], markdown: bool) -> str:
     """Text columns to the left, figures to the right."""
     if markdown:
-        lines = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2)), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown_table(HEADER, rows, text_columns=2)
     lines = [HEADER, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     return "\n".join(

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from benchmark_models import DEEP, PLAIN
+from tables import markdown_table
 from transformers import HfArgumentParser
 
 matplotlib.use("Agg")
@@ -115,12 +116,6 @@ class GridResults:
         return self.peaks[model] / (self.peaks[PLAIN] + share * (self.peaks[DEEP] - self.peaks[PLAIN]))
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, figures to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def length_table(results: GridResults, workload: str, lengths: list[int]) -> str:
     """Time over FLOPs of prefill or training at every length, and its growth."""
     header = ["model", *(f"FLOPs ratio, {n}" for n in lengths), *(f"time/FLOPs, {n}" for n in lengths)]
@@ -132,7 +127,7 @@ def length_table(results: GridResults, workload: str, lengths: list[int]) -> str
         causal = results.time_over_flops(workload, model, lengths[-1], causal=True)
         growth = f"{quotients[-1].median / quotients[0].median:.3f}"
         rows.append([model, *(f"{ratio:.3f}" for ratio in ratios), *map(str, quotients), str(causal), growth])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def decode_table(results: GridResults, **key) -> str:
@@ -146,7 +141,7 @@ def decode_table(results: GridResults, **key) -> str:
         row = [model, f"{results.counts[model]['layer_equivalents']:.2f}", *(f"{value:.1f}" for value in found)]
         row += [f"{found[1] / found[0]:.2f}", f"{found[1] / found[0] / (plain[1] / plain[0]):.2f}"]
         rows.append([*row, str(results.decode_quotient(model, **key))])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def floor_table(results: GridResults) -> str:
@@ -163,7 +158,7 @@ def floor_table(results: GridResults) -> str:
                 over = str(Ratio.of(*times))
             row = [model, str(results.width), str(key["batch"]), "yes" if key["ragged"] else "no"]
             rows.append([*row, str(results.floor_speed(model, **key)), over])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def memory_table(results: GridResults) -> str:
@@ -186,7 +181,7 @@ def memory_table(results: GridResults) -> str:
         else:
             row += ["-", "-", "-"]
         rows.append(row)
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def mesh_over_anchor(results: GridResults) -> Ratio:

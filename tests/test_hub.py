@@ -162,7 +162,7 @@ def test_a_card_says_what_it_was_told():
     assert (result.metric_name, result.metric_value, result.dataset_type) == ("Bits Per Byte", 1.5, "me/texts")
     for words in (
         "# one\n",
-        "1 + 2 x {1/4, 1/2, 1} + 1",
+        "1+2x{1/4,1/2,1}+1",
         'AutoModelForCausalLM.from_pretrained("me/one", trust_remote_code=True)',
         "Old letters.",
         "| seed | 7 |",
