@@ -237,7 +237,8 @@ def forget(layer: DynamicLayer) -> None:
 def restart(cache: Cache) -> None:
     """Forgets a cache that holds no token, so that it may go on with another number of rows."""
     for layer in cache.layers:
-        layer.reset() if isinstance(layer, GrowingLayer) else forget(layer)
+        ours = getattr(layer, "_layer_type", None) in (TOKEN_LAYER_TYPE, LATENT_LAYER_TYPE)
+        layer.reset() if ours else forget(layer)
 
 
 def holds_nothing(layer: DynamicLayer) -> bool:

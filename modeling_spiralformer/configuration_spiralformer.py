@@ -13,17 +13,22 @@
 # limitations under the License.
 """Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
 
+import hashlib
 import math
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-# Layer types of the KV cache, as `cache_spiralformer` registers them. The module is part of the name: a copy of this
-# code that comes with a checkpoint then has cache layers of its own.
-TOKEN_LAYER_TYPE = f"spiralformer_token_attention of {__name__}"
-LATENT_LAYER_TYPE = f"spiralformer_latent_attention of {__name__}"
+# Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: another
+# version, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
+# library puts configuration and model of a local folder into packages of different names.
+CODE = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*_spiralformer.py")))
+VERSION = hashlib.sha256(CODE).hexdigest()[:8]
+TOKEN_LAYER_TYPE = f"spiralformer_token_attention_{VERSION}"
+LATENT_LAYER_TYPE = f"spiralformer_latent_attention_{VERSION}"
 
 DOWN_SCALINGS = ("self_aggregation", "mean")
 UP_SCALINGS = ("allocation", "broadcast")

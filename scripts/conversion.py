@@ -34,7 +34,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
 SHARED_FIELDS = own_fields(GPTNeoXConfig) & own_fields(SpiralFormerConfig)
 LOOP_FIELDS = own_fields(SpiralFormerConfig) - SHARED_FIELDS
 # What a configuration says of its own class and file, and GPT-NeoX's layer count, which the split replaces.
-NOT_CARRIED = {"model_type", "architectures", "transformers_version", "_name_or_path", "num_hidden_layers"}
+NOT_CARRIED = {"model_type", "architectures", "transformers_version", "_name_or_path", "num_hidden_layers", "auto_map"}
 
 
 # -- configurations ---------------------------------------------------------------------------------------------

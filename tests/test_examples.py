@@ -4,16 +4,16 @@ import re
 import sys
 
 import pytest
-from documents import ROOT, run
+from documents import ROOT, commands, run
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-# Examples with a test of their own, and the module that runs them.
+# Examples with a test of their own: the module that runs them, and the page whose commands it runs.
 ELSEWHERE = {
-    "finetune.py": "test_finetuning.py",
-    "lora.py": "test_finetuning.py",
-    "push_and_pull.py": "test_hub.py",
-    "quantise.py": "test_deployment.py",
-    "uptrain.py": "test_conversion.py",
+    "finetune.py": ("tests/test_finetuning.py", "docs/finetuning.md"),
+    "lora.py": ("tests/test_finetuning.py", "docs/finetuning.md"),
+    "push_and_pull.py": ("tests/hub_push.py", "docs/hub.md"),
+    "quantise.py": ("tests/test_deployment.py", "docs/deployment.md"),
+    "uptrain.py": ("tests/test_conversion.py", "docs/conversion.md"),
 }
 HERE = [name for name in EXAMPLES if name not in ELSEWHERE]
 
@@ -24,7 +24,8 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name in ELSEWHERE])
 def test_an_example_that_is_not_run_here_is_named_by_its_module(name):
-    assert f"examples/{name}" in (ROOT / "tests" / ELSEWHERE[name]).read_text()
+    module, page = (ROOT / path for path in ELSEWHERE[name])
+    assert name in module.read_text() + "\n".join(commands(page))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
