@@ -22,8 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-# Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: another
-# version, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
+# Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: other
+# code, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
 # library puts configuration and model of a local folder into packages of different names.
 CODE = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*_spiralformer.py")))
 VERSION = hashlib.sha256(CODE).hexdigest()[:8]

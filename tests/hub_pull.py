@@ -103,15 +103,16 @@ def main() -> None:
     model.push_to_hub("me/again")
     check_same(AutoModelForCausalLM.from_pretrained("me/again", **REMOTE), "v1")
 
-    # A cache of one copy of the code is not for another copy.
-    config = AutoConfig.from_pretrained("me/again", **REMOTE)
-    with pytest.raises(ValueError, match="DynamicCache"):
-        model(**BATCH, past_key_values=transformers.DynamicCache(config=config))
-
     # Another version of the code in the same process does not get in the way of this one, nor does the package.
     other = AutoModelForCausalLM.from_pretrained("me/other-code", **REMOTE)
     check_generation(other)
     check_generation(model)
+    # A cache of one version of the code is not for another, but for any copy of the same version.
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(**BATCH, past_key_values=transformers.DynamicCache(config=other.config))
+    config = AutoConfig.from_pretrained("me/again", **REMOTE)
+    cached = model(**BATCH, past_key_values=transformers.DynamicCache(config=config)).logits
+    assert torch.equal(cached, model(**BATCH).logits)
     sys.path[:], sys.meta_path[:] = PATH, FINDERS
     import modeling_spiralformer
 
