@@ -206,19 +206,19 @@ def test_spare_room_of_a_growing_cache_is_held_to_the_formula_too():
 
 def test_a_growing_cache_survives_gradients_and_inference_mode():
     """What records gradients, or was made where nothing may be written, is copied and not written into."""
-    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(2, 40)
+    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(2, 140)  # long enough for room between two steps
     expected = model(ids, use_cache=False).logits
     for first, then in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
         cache = DynamicCache(config=model.config)
         with first():
-            model(ids[:, :20], past_key_values=cache)
-            model(ids[:, 20:21], past_key_values=cache)
+            model(ids[:, :127], past_key_values=cache)
+            model(ids[:, 127:128], past_key_values=cache)
         with then():
-            logits = [model(ids[:, [column]], past_key_values=cache).logits for column in range(21, 40)]
-        assert torch.allclose(torch.cat(logits, dim=1), expected[:, 21:], atol=1e-9, rtol=0)
+            logits = [model(ids[:, [column]], past_key_values=cache).logits for column in range(128, 140)]
+        assert torch.allclose(torch.cat(logits, dim=1), expected[:, 128:], atol=1e-9, rtol=0)
 
     cache = DynamicCache(config=model.config)
-    steps = [model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)]
+    steps = [model(part, past_key_values=cache).logits for part in ids.split([127, *[1] * 13], dim=1)]
     torch.cat(steps, dim=1).square().sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -228,15 +228,19 @@ def test_a_growing_cache_survives_gradients_and_inference_mode():
 
 
 def test_a_copy_of_a_growing_cache_goes_its_own_way():
-    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(1, 110)
+    """Both go on in turn, in the room that there was when the copy was made."""
+    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(1, 326)
+    texts = [ids, torch.cat([ids[:, :321], random_ids(1, 5, seed=7)], dim=1)]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :100], past_key_values=cache)
-        model(ids[:, 100:101], past_key_values=cache)
-        twin = copy.deepcopy(cache)
-        model(random_ids(1, 5, seed=7), past_key_values=twin)
-        logits = model(ids[:, 101:], past_key_values=cache).logits
-        assert torch.allclose(logits, model(ids, use_cache=False).logits[:, 101:], atol=1e-9, rtol=0)
+        model(ids[:, :320], past_key_values=cache)
+        model(ids[:, 320:321], past_key_values=cache)
+        caches = [cache, copy.deepcopy(cache)]
+        for column in range(321, 326):
+            for text, own in zip(texts, caches, strict=True):
+                logits = model(text[:, [column]], past_key_values=own).logits[:, 0]
+                expected = model(text[:, : column + 1], use_cache=False).logits[:, -1]
+                assert torch.allclose(logits, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("pads", [[0, 0], [3, 10]])
