@@ -241,11 +241,6 @@ def restart(cache: Cache) -> None:
         layer.reset() if ours else forget(layer)
 
 
-def holds_nothing(layer: DynamicLayer) -> bool:
-    """Whether a layer's cache is new, cropped to nothing, or was reset, also by zeroing."""
-    return layer.get_seq_length() == 0 or not (layer.keys.any() or layer.values.any())
-
-
 def bind_levels(
     cache: Cache, config: SpiralFormerConfig, grids: list[ChunkGrid], inputs_embeds: torch.Tensor
 ) -> list[Level]:
@@ -276,7 +271,7 @@ def bind_levels(
 
     first, count = config.num_prelude_layers, config.num_core_layers
     cores = [layers[first + t * count : first + (t + 1) * count] for t in range(len(grids))]
-    if all(core[0].level is None or core[0].level.seen == 0 for core in cores) and holds_nothing(layers[0]):
+    if all(core[0].level is None or core[0].level.seen == 0 for core in cores) and layers[0].get_seq_length() == 0:
         if not cache.is_compileable:
             restart(cache)
         heads = config.num_attention_heads

@@ -83,10 +83,7 @@ class History:
         self._select([row for row in range(len(self.pads)) for _ in range(times)])
 
     def reset(self) -> None:
-        if self.model.model.grids:
-            self.cache.reset()
-        else:  # a plain GPT-NeoX cache, which transformers 5.17 resets by zeroing it
-            self.cache = DynamicCache(config=self.model.config)
+        self.cache.reset()
         self.ids = self.ids[:, :0]
         if self.recorded_from is not None:
             self.recorded_from = 0
