@@ -126,8 +126,10 @@ def main(argv: list[str]) -> Trainer:
     return run(model_arguments, data_arguments, training)
 
 
-def run(model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments) -> Trainer:
-    set_up_logging(training)
+def make_trainer(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments
+) -> CardTrainer:
+    """The Trainer of the job, with model and data in place and nothing run yet."""
     set_seed(training.seed)
     model, tokenizer = build_model(model_arguments, training)
     block_size = choose_block_size(data_arguments.block_size, model.config)
@@ -139,7 +141,7 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
         logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
-    trainer = CardTrainer(
+    return CardTrainer(
         model=model,
         args=training,
         train_dataset=blocks.get("train"),
@@ -150,6 +152,11 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
         preprocess_logits_for_metrics=drop_logits,
         training_data=describe_data(data_arguments),
     )
+
+
+def run(model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments) -> Trainer:
+    set_up_logging(training)
+    trainer = make_trainer(model_arguments, data_arguments, training)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
         raise ValueError("`fsdp` must be off on a CPU: accelerate shards on accelerators only, and would run DDP.")
     if training.do_train:

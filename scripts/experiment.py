@@ -1,0 +1,232 @@
+"""Runs experiments: models x seeds x budget, as YAML files describe them, one JSON line for every finished run.
+
+    python scripts/experiment.py --experiments scripts/experiments/main_small.yaml --data_dir data --workers 2
+
+Can be killed at any moment and started again: finished runs are skipped, others go on from their last checkpoint.
+`python scripts/report.py` makes tables and plots of the lines.
+"""
+
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import subprocess
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from benchmark import machine
+from experiment_plan import Experiment, Run, load_experiment
+from experiment_run import train_run
+from experiment_store import append_line, drop_torn_line, read_lines
+from tqdm import tqdm
+from train_tokenizer import save_tokenizer, train_tokenizer
+from training_arguments import ROOT
+from training_data import load_file
+from transformers import HfArgumentParser
+
+TERA = 1e12
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} TFLOP, {elapsed} gone, {remaining} left"
+
+
+@dataclass
+class ExperimentArguments:
+    """What to run, and with what."""
+
+    experiments: list[str] = field(metadata={"help": "YAML files, in the order in which their runs start."})
+    data_dir: str = field(metadata={"help": "Folder that holds the text files which the experiments name."})
+    lines: str = field(
+        default=str(ROOT / "docs" / "results" / "runs.jsonl"), metadata={"help": "Where the finished runs are."}
+    )
+    runs_dir: str = field(
+        default=str(ROOT / "runs" / "experiments"), metadata={"help": "Where models and checkpoints go."}
+    )
+    workers: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each. Default: the cores shared out among them."}
+    )
+
+    def __post_init__(self):
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+
+
+# -- in a worker's process ------------------------------------------------------------------------------------------
+
+flops_done = None  # shared with the runner, which shows it
+
+
+def start_worker(shared, threads: int) -> None:
+    """Called once in each new process."""
+    global flops_done
+    flops_done = shared
+    torch.set_num_threads(threads)
+
+
+def report_flops(flops: float) -> None:
+    with flops_done.get_lock():
+        flops_done.value += flops
+
+
+def work(run: Run, data_dir: Path, runs_dir: Path, tokenizer: Path) -> dict:
+    """What a worker does for one run."""
+    return train_run(run, data_dir, runs_dir, tokenizer, report_flops)
+
+
+# -- in the runner's process ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def only_runner(runs_dir: Path):
+    """Holds the folder: two runners would train the same runs. The lock ends with the process, however it ends."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with open(runs_dir / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"`runs_dir` must not be in use, but another runner works in {runs_dir}.") from error
+        yield
+
+
+def current_commit() -> str:
+    """The commit of the code, with "-dirty" where a tracked file differs from it; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
+
+
+def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
+    """File name and SHA-256 of each text of an experiment. Raises FileNotFoundError where one is missing."""
+    described = {}
+    for name, file in experiment.text.items():
+        if not (data_dir / file).is_file():
+            raise FileNotFoundError(f"`data_dir` must hold {file}, the {name} text of {experiment.name}: {data_dir}.")
+        described[name] = {"file": file, "sha256": hashlib.sha256((data_dir / file).read_bytes()).hexdigest()}
+    return described
+
+
+def check_same_text(text: dict, lines: list[dict], experiment: Experiment) -> None:
+    """Refuses to mix runs on texts that share only their names."""
+    for line in lines:
+        if line["settings"]["text"] == experiment.text and line["text"] != text:
+            raise ValueError(
+                f"`data_dir` must hold the text that the finished runs were trained on, but run {line['key']} of "
+                f"{line['experiment']} has other digests: {line['text']}, here {text}."
+            )
+
+
+def make_tokenizer(experiment: Experiment, text: dict, data_dir: Path, runs_dir: Path) -> Path:
+    """A byte-level BPE of `vocab_size` ids, trained on the training text; 259 ids are the bytes alone."""
+    folder = runs_dir / "tokenizers" / f"{text['train']['sha256'][:16]}-{experiment.vocab_size}"
+    if not (folder / "tokenizer_config.json").exists():  # written last
+        documents = load_file("train", str(data_dir / text["train"]["file"]))["text"]
+        tokenizer = train_tokenizer(list(documents), experiment.vocab_size)
+        save_tokenizer(tokenizer, folder, model_max_length=experiment.block_size)
+    return folder
+
+
+class Runner:
+    """Starts the runs of several experiments as their sweeps allow, and writes a line for each that has ended."""
+
+    def __init__(self, experiments: list[Experiment], arguments: ExperimentArguments):
+        self.experiments = experiments
+        self.data_dir, self.runs_dir = Path(arguments.data_dir), Path(arguments.runs_dir)
+        self.path, self.workers = Path(arguments.lines), arguments.workers
+        self.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
+        self.origin = machine(torch.device("cpu")) | {"workers": self.workers, "threads": self.threads}
+        self.origin["commit"] = current_commit()
+        self.lines = read_lines(self.path)
+        self.text = {item.name: describe_text(item, self.data_dir) for item in experiments}
+        self.tokenizers = {}
+        for item in experiments:
+            check_same_text(self.text[item.name], self.lines, item)
+            text = self.text[item.name]
+            self.tokenizers[item.name] = make_tokenizer(item, text, self.data_dir, self.runs_dir)
+
+    def pending(self) -> tuple[dict[str, Run], list[Run]]:
+        """Runs that can start, by key, in order and each once, and those that wait for a sweep."""
+        ready, waiting = {}, []
+        for experiment in self.experiments:
+            starting, later = experiment.pending(self.lines)
+            ready |= {run.key: run for run in starting if run.key not in ready}
+            waiting += later
+        return ready, waiting
+
+    def finish(self, run: Run, results: dict) -> None:
+        """Writes the line of a run."""
+        experiment = next(item for item in self.experiments if item.name == run.experiment)
+        origin = dict(self.origin)
+        line = {
+            "key": run.key,
+            "experiment": run.experiment,
+            "model": run.model,
+            "seed": run.settings["seed"],
+            "learning_rate": run.settings["learning_rate"],
+            "settings": run.settings,
+            "text": self.text[run.experiment],
+            **experiment.costs(run.model),
+            **results,
+            "commit": origin.pop("commit"),
+            "date": origin.pop("date"),
+            "machine": origin,
+        }
+        append_line(self.path, line)
+        self.lines.append(line)
+
+    def run(self) -> None:
+        """Until nothing is left. The first run that fails ends it, after those beside it have ended."""
+        context = multiprocessing.get_context("spawn")
+        shared = context.Value("d", 0.0)
+        with (
+            tqdm(total=0, bar_format=BAR) as progress,
+            ProcessPoolExecutor(self.workers, context, start_worker, (shared, self.threads)) as pool,
+        ):
+            active: dict[Future, Run] = {}
+            finished = 0
+            while True:
+                ready, waiting = self.pending()
+                progress.total = (finished + sum(run.flops for run in (*ready.values(), *waiting))) / TERA
+                progress.set_description_str(f"{len(ready) + len(waiting)} runs left")
+                running = {run.key for run in active.values()}
+                for key in [key for key in ready if key not in running][: self.workers - len(active)]:
+                    run = ready[key]
+                    tokenizer = self.tokenizers[run.experiment]
+                    active[pool.submit(work, run, self.data_dir, self.runs_dir, tokenizer)] = run
+                if not active:
+                    return
+                ended = set()
+                while not ended:
+                    ended, _ = wait(active, timeout=1, return_when=FIRST_COMPLETED)
+                    progress.update(shared.value / TERA - progress.n)
+                for future in ended:
+                    run = active.pop(future)
+                    self.finish(run, future.result())
+                    finished += run.flops
+                    tqdm.write(describe(self.lines[-1]))
+
+
+def describe(line: dict) -> str:
+    """A finished run in one line of text."""
+    losses = ", ".join(
+        f"{name} {'diverged' if value is None else f'{value:.4f}'}" for name, value in line["bits_per_byte"].items()
+    )
+    settings = f"seed {line['seed']}, rate {line['learning_rate']:g}"
+    return f"{line['experiment']}: {line['model']}, {settings}: {losses} bits per byte, {line['wall_seconds']:.0f} s"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ExperimentArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    with only_runner(Path(arguments.runs_dir)):
+        torn = drop_torn_line(arguments.lines)
+        if torn:
+            print(f"cut off, a line that was not written to its end: {torn[:80]!r}...")
+        Runner([load_experiment(path) for path in arguments.experiments], arguments).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Experiments as YAML describes them: models x seeds x budget, the sweep of learning rates, and the runs to do."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from make_configurations import to_json
+from matching import count_costs, match_parameters, match_steps
+from training_arguments import SpiralTrainingArguments
+
+from modeling_spiralformer import SpiralFormerConfig
+
+REPORTS = ("table", "ablations", "ratio")
+TEXTS = ("train", "validation", "foreign")
+# The runner sets these itself: from the plan, or so that a killed run can go on.
+RESERVED = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "eval_strategy",
+    "eval_steps",
+    "logging_steps",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training run. `settings` holds everything that decides its result, but for the text itself; runs of two
+    experiments with equal settings are one run. `flops` are its counted training FLOPs.
+    """
+
+    experiment: str
+    model: str
+    settings: dict
+    flops: int
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A digest of the settings: what the run's line is found by."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(eq=False)  # by identity, so that what is counted for one can be kept
+class Experiment:
+    """
+    One file of `scripts/experiments/`; its keys are these fields (see docs/experiments.md).
+
+    A model's entry holds fields of `SpiralFormerConfig`, on top of those in `common`, and may hold
+    `non_embedding_parameters`: its `intermediate_size` is then chosen to match that number.
+    """
+
+    name: str
+    title: str
+    report: str
+    reference: str
+    text: dict[str, str]
+    vocab_size: int
+    block_size: int
+    batch_size: int
+    budget: dict[str, float]
+    evaluation_blocks: int
+    learning_rates: list[float]
+    seeds: list[int]
+    models: dict[str, dict]
+    common: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    rate_of: str | None = None
+
+    def __post_init__(self):
+        self._check_names()
+        for name in ("vocab_size", "block_size", "batch_size", "evaluation_blocks"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, but got {value!r}.")
+        for name, kind in (("learning_rates", float), ("seeds", int)):
+            values = getattr(self, name)
+            right = isinstance(values, list) and values and all(type(value) is kind for value in values)
+            if not right or len(set(values)) < len(values):
+                raise ValueError(f"`{name}` must be a list of different {kind.__name__} values, but got {values!r}.")
+        allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - set(RESERVED)
+        for name in self.training:
+            if name not in allowed:
+                raise ValueError(f"`training` must name settings of SpiralTrainingArguments, but got {name!r}.")
+        for name in self.models:
+            self.model_config(name)
+
+    def _check_names(self):
+        if self.report not in REPORTS:
+            raise ValueError(f"`report` must be one of {list(REPORTS)}, but got {self.report!r}.")
+        if sorted(self.text) != sorted(TEXTS):
+            raise ValueError(f"`text` must name a file for each of {list(TEXTS)}, but got {self.text}.")
+        for name in ("reference", "rate_of"):
+            value = getattr(self, name)
+            if value not in self.models and not (name == "rate_of" and value is None):
+                raise ValueError(f"`{name}` must be one of the models {list(self.models)}, but got {value!r}.")
+
+    @functools.cache  # noqa: B019  experiments live as long as the process
+    def model_config(self, name: str) -> SpiralFormerConfig:
+        """The configuration of one model, matched in parameters where its entry asks for it."""
+        fields = {"vocab_size": self.vocab_size, "max_position_embeddings": self.block_size}
+        fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | self.common | self.models[name]
+        target = fields.pop("non_embedding_parameters", None)
+        known = {item.name for item in dataclasses.fields(SpiralFormerConfig)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"`models` must hold fields of SpiralFormerConfig, but {name!r} has {unknown}.")
+        config = SpiralFormerConfig(architectures=["SpiralFormerForCausalLM"], **fields)
+        return config if target is None else match_parameters(config, target)
+
+    @functools.cache  # noqa: B019
+    def costs(self, name: str) -> dict[str, float]:
+        """What one model costs, counted (`matching.count_costs`)."""
+        return count_costs(self.model_config(name), self.block_size)
+
+    @functools.cache  # noqa: B019
+    def run(self, name: str, seed: int, learning_rate: float) -> Run:
+        """One run of one model."""
+        flops_per_step = self.costs(name)["training_flops_per_block"] * self.batch_size
+        steps = match_steps(self.budget, self.batch_size * self.block_size, flops_per_step)
+        settings = {
+            "config": json.loads(to_json(self.model_config(name))),
+            "text": self.text,
+            "vocab_size": self.vocab_size,
+            "block_size": self.block_size,
+            "batch_size": self.batch_size,
+            "steps": steps,
+            "evaluation_blocks": self.evaluation_blocks,
+            "training": self.training,
+            "seed": seed,
+            "learning_rate": learning_rate,
+        }
+        return Run(self.name, name, settings, steps * flops_per_step)
+
+    # -- what the finished lines say ----------------------------------------------------------------------------
+
+    def sweep(self, name: str, lines: list[dict]) -> dict[float, dict]:
+        """Learning rate -> line of the first seed, of those rates that have run; of `rate_of` where it is given."""
+        by_key = {line["key"]: line for line in lines}
+        runs = {rate: self.run(self.rate_of or name, self.seeds[0], rate) for rate in self.learning_rates}
+        return {rate: by_key[run.key] for rate, run in runs.items() if run.key in by_key}
+
+    def chosen_rate(self, name: str, lines: list[dict]) -> float | None:
+        """The rate of lowest validation loss; None before the whole sweep has run, or where every rate diverged."""
+        swept = self.sweep(name, lines)
+        losses = {rate: line["bits_per_byte"]["validation"] for rate, line in swept.items()}
+        losses = {rate: math.inf if loss is None else loss for rate, loss in losses.items()}
+        if len(losses) < len(self.learning_rates) or min(losses.values()) == math.inf:
+            return None
+        return min(losses, key=losses.get)
+
+    def finished(self, name: str, lines: list[dict]) -> dict[int, dict]:
+        """Seed -> line at the chosen rate, of those seeds that have run."""
+        rate = self.chosen_rate(name, lines)
+        if rate is None:
+            return {}
+        by_key = {line["key"]: line for line in lines}
+        runs = {seed: self.run(name, seed, rate) for seed in self.seeds}
+        return {seed: by_key[run.key] for seed, run in runs.items() if run.key in by_key}
+
+    def pending(self, lines: list[dict]) -> tuple[list[Run], list[Run]]:
+        """
+        Runs that can start now, the sweep first and then seed by seed, and runs that wait for a sweep to end, with
+        the first rate of the grid in place of the one that the sweep will choose.
+        """
+        done = {line["key"] for line in lines}
+        swept = [self.rate_of] if self.rate_of else list(self.models)
+        ready = [self.run(name, self.seeds[0], rate) for name in swept for rate in self.learning_rates]
+        first, waiting = {(self.seeds[0], name) for name in swept}, []
+        for seed in self.seeds:
+            for name in self.models:
+                rate = self.chosen_rate(name, lines)
+                if rate is not None:
+                    ready.append(self.run(name, seed, rate))
+                elif len(self.sweep(name, lines)) < len(self.learning_rates) and (seed, name) not in first:
+                    waiting.append(self.run(name, seed, self.learning_rates[0]))
+        return list({run.key: run for run in ready if run.key not in done}.values()), waiting
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """
+    Reads one YAML; the experiment's name is that of the file.
+
+    Raises ValueError for a key that is unknown or missing, and for every value that is not allowed.
+    """
+    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    known = {item.name for item in dataclasses.fields(Experiment)} - {"name"}
+    required = known - {"common", "training", "rate_of"}
+    if not isinstance(entries, dict) or set(entries) - known or required - set(entries):
+        keys = sorted(entries) if isinstance(entries, dict) else entries
+        raise ValueError(
+            f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {keys}."
+        )
+    try:
+        return Experiment(name=Path(path).stem, **entries)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,157 @@
+"""One run of an experiment: trained by the Trainer of `train.py`, from where a killed run stopped, and evaluated."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+import train
+from experiment_plan import Run
+from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
+from training_data import make_blocks
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as library_logging
+
+# How often a run logs its training loss, measures its validation loss (on so many blocks), and saves itself.
+LOGGED_POINTS = 64
+EVALUATED_POINTS = 8
+CURVE_BLOCKS = 64
+CHECKPOINTS = 4
+
+
+class Progress(TrainerCallback):
+    """
+    Reports the FLOPs of every optimiser step, those before a resumed run included, and stops a run whose runner is
+    gone: the next runner goes on from its last checkpoint, and two processes must not write into one folder.
+    """
+
+    def __init__(self, flops_per_step: float, report: Callable[[float], None]):
+        self.flops_per_step, self.report, self.runner = flops_per_step, report, os.getppid()
+        self.resumed_from_step = 0
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        self.resumed_from_step = state.global_step
+        self.report(self.flops_per_step * state.global_step)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        if os.getppid() != self.runner:
+            raise RuntimeError("The process that started this run is gone: it stops, and can be resumed.")
+        self.report(self.flops_per_step)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose state can be read: Trainer writes it last, so a kill half way leaves none."""
+    whole = []
+    for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        try:
+            whole.append((json.loads(path.read_text(encoding="utf-8"))["global_step"], str(path.parent)))
+        except json.JSONDecodeError:
+            logging.getLogger(__name__).warning("left out, cut off while it was written: %s", path)
+    return max(whole)[1] if whole else None
+
+
+def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
+    """The settings of the Trainer; equal seeds give equal batches in equal order, whatever the model."""
+    settings = run.settings
+    steps = settings["steps"]
+    return SpiralTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings["batch_size"],
+        per_device_eval_batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+        data_seed=settings["seed"],
+        logging_steps=max(1, steps // LOGGED_POINTS),
+        eval_strategy="steps",
+        eval_steps=max(1, steps // EVALUATED_POINTS),
+        save_strategy="steps",
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=1,
+        resume_from_checkpoint=last_whole_checkpoint(folder),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        **settings["training"],
+    )
+
+
+def train_to_end(trainer: Trainer, progress: Progress) -> None:
+    """Trains, or goes on. Past its last step a run has nothing to go on with: Trainer would take one step more."""
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step == trainer.args.max_steps:
+            trainer.state = state
+            progress.on_train_begin(trainer.args, state, trainer.control)
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def bits_per_byte(trainer: Trainer, run: Run, path: str) -> float | None:
+    """Of the first blocks of a file, each read with nothing before it; None where the loss is not finite."""
+    data = DataArguments(validation_file=path, max_eval_samples=run.settings["evaluation_blocks"])
+    blocks = make_blocks(data, trainer.processing_class, run.settings["block_size"], ["validation"])
+    return finite(trainer.evaluate(blocks["validation"])["eval_bits_per_byte"])
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinities, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def curve(history: list[dict], key: str, tokens_per_step: int) -> list[list]:
+    """[tokens seen, value] of every entry of a Trainer's log that holds the key."""
+    return [[entry["step"] * tokens_per_step, finite(entry[key])] for entry in history if key in entry]
+
+
+def train_run(run: Run, data_dir: Path, runs_dir: Path, tokenizer: Path, report: Callable[[float], None]) -> dict:
+    """
+    Trains and evaluates one run in `runs_dir/<key>`, where the model stays, and returns its results.
+
+    Args:
+        data_dir: where the files of the run's text are.
+        tokenizer: folder of the tokenizer.
+        report: is told the FLOPs of each step.
+    """
+    started, settings = time.time(), run.settings
+    datasets.disable_progress_bars()
+    library_logging.disable_progress_bar()
+    folder = runs_dir / run.key
+    folder.mkdir(parents=True, exist_ok=True)
+    configuration = folder / "start"
+    configuration.mkdir(exist_ok=True)
+    (configuration / "config.json").write_text(json.dumps(settings["config"]), encoding="utf-8")
+    files = {name: str(data_dir / file) for name, file in settings["text"].items()}
+    data = DataArguments(
+        train_file=files["train"],
+        validation_file=files["validation"],
+        block_size=settings["block_size"],
+        max_eval_samples=CURVE_BLOCKS,
+    )
+    model = ModelArguments(config_name=str(configuration), tokenizer_name=str(tokenizer))
+    training = training_arguments(run, folder)
+    trainer = train.make_trainer(model, data, training)
+    progress = Progress(run.flops / settings["steps"], report)
+    trainer.add_callback(progress)
+    trainer.remove_callback(PrinterCallback)
+    train_to_end(trainer, progress)
+    trainer.save_model()
+    tokens_per_step = settings["batch_size"] * settings["block_size"]
+    history = list(trainer.state.log_history)  # the evaluations below are logged too
+    return {
+        "tokens": settings["steps"] * tokens_per_step,
+        "steps": settings["steps"],
+        "flops": run.flops,
+        "bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in ("validation", "foreign")},
+        "training_curve": curve(history, "loss", tokens_per_step),
+        "validation_curve": curve(history, "eval_bits_per_byte", tokens_per_step),
+        "wall_seconds": round(time.time() - started, 1),
+        "resumed_from_step": progress.resumed_from_step,
+    }

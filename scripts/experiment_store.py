@@ -1,0 +1,39 @@
+"""The lines of finished runs, one JSON object each: read, appended, mended after a kill in mid-line."""
+
+import json
+import os
+from pathlib import Path
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
+    return lines
+
+
+def append_line(path: str | Path, line: dict) -> None:
+    """Adds one line and waits until it is on the disk. NaN and infinities have no place in JSON: ValueError."""
+    text = json.dumps(line, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_torn_line(path: str | Path) -> str:
+    """Cuts off a last line that a kill left without its end, and returns it; "" where there is none."""
+    if not Path(path).exists():
+        return ""
+    content = Path(path).read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return content[whole:].decode("utf-8", errors="replace")

@@ -1,0 +1,381 @@
+"""Experiments: plans read and refused, matched models, runs that are killed and resumed, lines that add up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from experiment_plan import Experiment, load_experiment
+from experiment_run import last_whole_checkpoint, train_run
+from experiment_store import append_line, drop_torn_line, read_lines
+from matching import count_costs, count_parameters, match_parameters, match_steps, meta_model, parameters_per_unit
+from train_tokenizer import save_tokenizer, train_tokenizer
+from transformers import AutoModelForCausalLM
+
+from modeling_spiralformer import SpiralFormerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
+SMALL = {
+    "title": "Two tiny models",
+    "report": "table",
+    "reference": "plain",
+    "text": {"train": "train.txt", "validation": "valid.txt", "foreign": "foreign.txt"},
+    "vocab_size": 259,
+    "block_size": 32,
+    "batch_size": 2,
+    "budget": {"tokens": 512},
+    "evaluation_blocks": 4,
+    "learning_rates": [1e-3, 1e-2],
+    "seeds": [0, 1],
+    "common": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2},
+    "models": {
+        "plain": {"num_prelude_layers": 3, "num_core_layers": 0, "num_coda_layers": 0, "chunk_sizes": []},
+        "spiral": {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "chunk_sizes": [4, 2]},
+    },
+}
+
+
+def experiment(**changes) -> Experiment:
+    return Experiment(name="small", **(SMALL | changes))
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, name in enumerate(("train.txt", "valid.txt", "foreign.txt")):
+        words = [f"{word} {(word * 7 + number) % 11}" for word in range(3000 if number == 0 else 300)]
+        (folder / name).write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Path:
+    save_tokenizer(train_tokenizer([], 259), tmp_path / "tokenizer", model_max_length=32)
+    return tmp_path / "tokenizer"
+
+
+def line_of(run, validation: float | None) -> dict:
+    """A finished line, as far as a plan reads it."""
+    return {"key": run.key, "bits_per_byte": {"validation": validation, "foreign": validation}}
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_committed_experiments_are_matched(path):
+    """Models of an experiment train on equal tokens, and those with a target hold it within half a unit."""
+    plan = load_experiment(path)
+    tokens, targets = set(), {}
+    for name, entry in plan.models.items():
+        settings = plan.run(name, plan.seeds[0], plan.learning_rates[0]).settings
+        tokens.add(settings["steps"] * settings["batch_size"] * settings["block_size"])
+        target = (plan.common | entry).get("non_embedding_parameters")
+        if target is not None:
+            config = plan.model_config(name)
+            assert abs(count_parameters(config)[1] - target) <= parameters_per_unit(config) / 2
+            targets.setdefault(target, name)
+    assert tokens == {plan.budget["tokens"]}
+    assert targets and len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
+
+
+def test_the_published_row_and_ratio_0_are_runs_of_the_main_comparison():
+    plans = {path.stem: load_experiment(path) for path in EXPERIMENTS}
+    main = plans["main_small"]
+    assert plans["ablations"].run("published", 1, 4e-3).key == main.run("spiralformer-b", 1, 4e-3).key
+    assert plans["recurrence_ratio"].run("ratio-0", 1, 4e-3).key == main.run("gpt-neox", 1, 4e-3).key
+
+
+def test_a_key_hangs_on_everything_that_decides_a_run():
+    first = experiment().run("spiral", 0, 1e-3)
+    assert experiment(title="Other words").run("spiral", 0, 1e-3).key == first.key
+    assert experiment().run("spiral", 1, 1e-3).key != first.key
+    assert experiment().run("spiral", 0, 1e-2).key != first.key
+    changes = [{"batch_size": 4}, {"budget": {"tokens": 1024}}, {"vocab_size": 260}, {"block_size": 64}]
+    changes += [
+        {"evaluation_blocks": 5},
+        {"training": {"weight_decay": 0.0}},
+        {"text": SMALL["text"] | {"train": "b.txt"}},
+    ]
+    changes += [{"common": SMALL["common"] | {"num_attention_heads": 1}}]
+    assert len({first.key, *(experiment(**change).run("spiral", 0, 1e-3).key for change in changes)}) == 1 + len(
+        changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"report": "pie"}, "report"),
+        ({"reference": "nobody"}, "reference"),
+        ({"rate_of": "nobody"}, "rate_of"),
+        ({"text": {"train": "a.txt"}}, "text"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seeds": [0, 0]}, "seeds"),
+        ({"seeds": []}, "seeds"),
+        ({"learning_rates": ["1e-3"]}, "learning_rates"),
+        ({"training": {"learning_rate": 1e-3}}, "learning_rate"),
+        ({"training": {"wheight_decay": 1e-3}}, "wheight_decay"),
+        ({"models": {"plain": {"layers": 3}}}, "layers"),
+        ({"models": {"plain": {"chunk_sizes": [0]}}}, "chunk_sizes"),
+        ({"models": {"plain": {"non_embedding_parameters": 10}}}, "non_embedding_parameters"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_bad_plans_are_refused_by_name(changes, field, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes), encoding="utf-8")
+    with pytest.raises(ValueError, match=field):
+        load_experiment(path)
+
+
+def test_a_plan_without_a_key_is_refused(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in SMALL.items() if key != "seeds"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="seeds"):
+        load_experiment(path)
+
+
+def test_the_sweep_comes_first_and_chooses_the_rate_of_lowest_loss():
+    plan = experiment()
+    ready, waiting = plan.pending([])
+    swept = [(run.model, run.settings["seed"], run.settings["learning_rate"]) for run in ready]
+    assert swept == [("plain", 0, 1e-3), ("plain", 0, 1e-2), ("spiral", 0, 1e-3), ("spiral", 0, 1e-2)]
+    assert [(run.model, run.settings["seed"]) for run in waiting] == [("plain", 1), ("spiral", 1)]
+    lines = [line_of(run, loss) for run, loss in zip(ready, (3.0, 2.0, 2.5, None), strict=True)]
+    assert plan.chosen_rate("plain", lines[:1]) is None
+    assert plan.chosen_rate("plain", lines) == 1e-2
+    assert plan.chosen_rate("spiral", lines) == 1e-3  # the other rate diverged
+    assert plan.finished("plain", lines) == {0: lines[1]}
+    ready, waiting = plan.pending(lines)
+    assert [(run.model, run.settings["seed"], run.settings["learning_rate"]) for run in ready] == [
+        ("plain", 1, 1e-2),
+        ("spiral", 1, 1e-3),
+    ]
+    assert waiting == []
+    assert plan.pending(lines + [line_of(run, 2.0) for run in ready]) == ([], [])
+
+
+def test_a_model_whose_every_rate_diverged_has_no_more_runs():
+    plan = experiment()
+    ready, _ = plan.pending([])
+    lines = [line_of(run, None if run.model == "spiral" else 2.0) for run in ready]
+    assert plan.chosen_rate("spiral", lines) is None
+    ready, waiting = plan.pending(lines)
+    assert [run.model for run in ready] == ["plain"]
+    assert waiting == []
+
+
+def test_all_models_can_take_the_rate_of_one():
+    plan = experiment(rate_of="plain")
+    ready, waiting = plan.pending([])
+    assert {run.model for run in ready} == {"plain"}
+    assert [(run.model, run.settings["seed"]) for run in waiting] == [("spiral", 0), ("plain", 1), ("spiral", 1)]
+    lines = [line_of(run, run.settings["learning_rate"]) for run in ready]
+    assert plan.chosen_rate("spiral", lines) == 1e-3
+    assert len(plan.pending(lines)[0]) == 3
+
+
+# -- matching ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_core", [True, False])
+def test_parameters_are_matched_to_the_nearest_unit(share_core):
+    config = SpiralFormerConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=64, num_attention_heads=2, share_core=share_core
+    )
+    before = count_parameters(config)[1]
+    unit = parameters_per_unit(config)
+    assert unit == (2 + 4 * (1 if share_core else 4) + 2) * 33
+    wider = match_parameters(config, before + 3 * unit + unit // 2 - 1)
+    assert wider.intermediate_size == 67 and config.intermediate_size == 64
+    assert count_parameters(wider)[1] == before + 3 * unit
+    with pytest.raises(ValueError, match="non_embedding_parameters"):
+        match_parameters(config, 100)
+
+
+def test_parameters_are_counted_without_embedding_and_head():
+    config = SpiralFormerConfig(vocab_size=300, hidden_size=16, intermediate_size=64, num_attention_heads=2)
+    total, non_embedding = count_parameters(config)
+    assert total - non_embedding == 2 * 300 * 16
+    assert total == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert meta_model(config).device.type == "meta"
+
+
+def test_budgets_are_met():
+    assert match_steps({"tokens": 640}, tokens_per_step=64, flops_per_step=5) == 10
+    assert match_steps({"flops": 1e6}, tokens_per_step=64, flops_per_step=3e4) == 33
+    for budget in ({"tokens": 650}, {"tokens": 0}, {"flops": 1.0}, {"hours": 1}, {"tokens": 64, "flops": 1e6}, {}):
+        with pytest.raises(ValueError, match="budget"):
+            match_steps(budget, tokens_per_step=64, flops_per_step=30000)
+
+
+def test_equal_flops_give_the_cheaper_model_more_tokens():
+    plan = experiment(budget={"flops": 1e10})
+    for name in plan.models:
+        run = plan.run(name, 0, 1e-3)
+        per_step = run.flops / run.settings["steps"]
+        assert abs(run.flops - 1e10) <= per_step / 2
+    steps = {name: plan.run(name, 0, 1e-3).settings["steps"] for name in plan.models}
+    assert steps["spiral"] > steps["plain"]
+
+
+def test_costs_of_a_plain_stack_by_hand():
+    """Two products of a linear layer backward for one forward; attention twice d n^2 forward; float32 keys, values."""
+    size, length = 16, 32
+    costs = count_costs(experiment().model_config("plain"), length)
+    linear = 3 * (4 * size * size + 2 * size * 32)
+    assert costs["non_embedding_parameters"] == 3 * (linear // 3 + 4 * size + 32 + size + 4 * size) + 2 * size
+    forward = 2 * length * linear + 3 * 4 * length * length * size
+    assert costs["training_flops_per_block"] == pytest.approx(3 * (forward + 2 * length * size * 259))
+    assert costs["prefill_flops_per_token"] == pytest.approx((forward + 2 * size * 259) / length)
+    assert costs["kv_bytes_per_token"] == pytest.approx(3 * 2 * size * 4)
+    assert costs["decode_layer_equivalents"] == 3
+    assert count_costs(experiment().model_config("spiral"), length)["decode_layer_equivalents"] == 2.75
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_outlive_a_kill_in_the_middle_of_one(tmp_path):
+    path = tmp_path / "folder" / "runs.jsonl"
+    assert read_lines(path) == [] and drop_torn_line(path) == ""
+    append_line(path, {"key": "a"})
+    append_line(path, {"key": "b"})
+    assert drop_torn_line(path) == ""
+    with open(path, "a") as file:
+        file.write('{"key": "c", "los')
+    with pytest.raises(ValueError, match="line 3"):
+        read_lines(path)
+    assert drop_torn_line(path) == '{"key": "c", "los'
+    assert [line["key"] for line in read_lines(path)] == ["a", "b"]
+    with pytest.raises(ValueError):
+        append_line(path, {"loss": float("nan")})
+    assert len(read_lines(path)) == 2
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def without_clock(results: dict) -> dict:
+    return {name: value for name, value in results.items() if name not in ("wall_seconds", "resumed_from_step")}
+
+
+def test_a_run_that_stopped_half_way_ends_like_one_that_did_not(data_dir, tokenizer, tmp_path):
+    run = experiment().run("spiral", 0, 1e-2)
+    whole, flops = train_run(run, data_dir, tmp_path / "whole", tokenizer, [].append), []
+
+    def stop(flops_of_step):
+        flops.append(flops_of_step)
+        if len(flops) == 7:  # the start, and six steps of eight; checkpoints at two, four and six
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_run(run, data_dir, tmp_path / "torn", tokenizer, stop)
+    assert last_whole_checkpoint(tmp_path / "torn" / run.key).endswith("checkpoint-4")
+    reported = []
+    resumed = train_run(run, data_dir, tmp_path / "torn", tokenizer, reported.append)
+    assert resumed["resumed_from_step"] == 4
+    assert sum(reported) == pytest.approx(run.flops) and reported[0] == pytest.approx(run.flops / 2)
+    assert without_clock(resumed) == without_clock(whole)
+    assert whole["tokens"] == 512 and len(whole["validation_curve"]) == 8 and whole["flops"] == run.flops
+    again = train_run(run, data_dir, tmp_path / "torn", tokenizer, reported.append)  # killed before its line
+    assert without_clock(again) == without_clock(whole)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "torn" / run.key)
+    assert model.config.chunk_sizes == [4, 2]
+
+
+def test_a_checkpoint_that_was_cut_off_is_left_out(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-14").mkdir()  # killed before its state was written
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_seed_gives_all_models_the_same_batches(data_dir, tokenizer, tmp_path, monkeypatch):
+    seen = {}
+    for name, seed in (("plain", 0), ("spiral", 0), ("spiral", 1)):
+        batches = seen.setdefault((name, seed), [])
+        forward = torch.nn.Embedding.forward
+
+        def record(module, ids, batches=batches, forward=forward):
+            if module.training:
+                batches.append(ids.tolist())
+            return forward(module, ids)
+
+        monkeypatch.setattr(torch.nn.Embedding, "forward", record)
+        train_run(experiment().run(name, seed, 1e-3), data_dir, tmp_path / name, tokenizer, [].append)
+        monkeypatch.undo()
+    assert len(seen["plain", 0]) == 8
+    assert seen["plain", 0] == seen["spiral", 0] != seen["spiral", 1]
+
+
+def test_a_diverged_run_is_a_result(data_dir, tokenizer, tmp_path):
+    run = experiment(training={"max_grad_norm": 0.0}).run("plain", 0, 1e30)
+    results = train_run(run, data_dir, tmp_path / "runs", tokenizer, [].append)
+    assert results["bits_per_byte"] == {"validation": None, "foreign": None}
+    append_line(tmp_path / "runs.jsonl", results)
+
+
+def start_runner(tmp_path, data_dir) -> subprocess.Popen:
+    plan = tmp_path / "small.yaml"
+    plan.write_text(yaml.safe_dump(SMALL | {"budget": {"tokens": 2048}}), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--experiments", str(plan)]
+    command += ["--data_dir", str(data_dir), "--lines", str(tmp_path / "runs.jsonl"), "--workers", "2"]
+    command += ["--runs_dir", str(tmp_path / "runs")]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.processes
+def test_a_killed_runner_goes_on(data_dir, tmp_path):
+    """The whole way: killed after its first lines with all its workers, torn line and all, and started again."""
+    path = tmp_path / "runs.jsonl"
+    runner = start_runner(tmp_path, data_dir)
+    deadline = time.time() + 180
+    while not (path.exists() and path.read_text().count("\n") >= 2) and time.time() < deadline:
+        time.sleep(0.05)
+    beside = start_runner(tmp_path, data_dir)
+    refusal, _ = beside.communicate(timeout=180)
+    assert beside.returncode != 0 and "`runs_dir` must not be in use" in refusal
+    os.killpg(runner.pid, signal.SIGKILL)
+    runner.communicate()
+    before = drop_torn_line(path) and None or read_lines(path)
+    with open(path, "a") as file:
+        file.write('{"key": "torn')
+    runner = start_runner(tmp_path, data_dir)
+    output, _ = runner.communicate(timeout=300)
+    assert runner.returncode == 0, output
+    assert "cut off" in output and "0 runs left" in output
+    lines = read_lines(path)
+    assert lines[: len(before)] == before
+    plan = load_experiment(tmp_path / "small.yaml")
+    assert len(lines) == 6 == len({line["key"] for line in lines})
+    assert [sorted(plan.finished(name, lines)) for name in plan.models] == [[0, 1], [0, 1]]
+    for line in lines:
+        assert line["tokens"] == 2048 and line["flops"] > 0 and line["bits_per_byte"]["foreign"] > 0
+        assert line["commit"] and line["machine"]["torch"] == torch.__version__ and line["text"]["train"]["sha256"]
+    (data_dir / "train.txt").write_text("another text " * 300)
+    other = start_runner(tmp_path, data_dir)
+    refusal, _ = other.communicate(timeout=180)
+    assert other.returncode != 0 and "other digests" in refusal
+    (data_dir / "foreign.txt").unlink()
+    missing = start_runner(tmp_path, data_dir)
+    refusal, _ = missing.communicate(timeout=180)
+    assert missing.returncode != 0 and "`data_dir` must hold foreign.txt" in refusal
+    assert json.loads(path.read_text().splitlines()[0])["key"] == lines[0]["key"]
