@@ -96,7 +96,7 @@ def provenance(results: ExperimentResults) -> str:
     hours = sum(line["wall_seconds"] for line in lines) / 3600
     facts = [
         f"seeds: {distinct(results.seeds)}",
-        f"tokens of a run: {distinct(line['tokens'] for line in lines)}",
+        f"tokens of a run: {'; '.join(f'{tokens:,}' for tokens in sorted({line['tokens'] for line in lines}))}",
         f"text (sha256): {texts}",
         f"time: {hours:.1f} hours, summed over {len(lines)} runs, those of the sweep included",
         f"machine: {'; or '.join(sorted(machines))}",
@@ -114,7 +114,14 @@ def results_table(results: ExperimentResults) -> str:
     header = ["model", "layers"]
     if results.report == "ratio":
         header.append("recurrence ratio")
-    header += ["learning rate", "parameters", "non-embedding", "training FLOPs", "prefill FLOPs/token"]
+    header += [
+        "learning rate",
+        "parameters",
+        "non-embedding",
+        "training tokens",
+        "training FLOPs",
+        "prefill FLOPs/token",
+    ]
     header += ["KV bytes/token", "decode layer-equivalents", "seeds", "bits per byte, validation", "foreign"]
     rows = []
     for model in results.models:
@@ -122,7 +129,7 @@ def results_table(results: ExperimentResults) -> str:
         if results.report == "ratio":
             row.append(f"{model.recurrence_ratio:.0%}")
         row.append(or_nothing(model.learning_rate, "g"))
-        row += [or_nothing(model.cost(field), ",") for field in ("parameters", "non_embedding_parameters")]
+        row += [or_nothing(model.cost(field), ",") for field in ("parameters", "non_embedding_parameters", "tokens")]
         row.append(scientific(model.cost("flops")))
         row += [or_nothing(model.cost(field), ",.0f") for field in ("prefill_flops_per_token", "kv_bytes_per_token")]
         row.append(or_nothing(model.cost("decode_layer_equivalents"), ".2f"))

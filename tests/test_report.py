@@ -203,7 +203,7 @@ def test_the_main_table_holds_what_the_lines_say():
         "spiralformer-l",
         "4+4x{1/16,1/8,1/4,1/2}+4",
         "0.002",
-        *("1,234,567", "234,567", "1.23e13", "7,654,321", "1,472", "5.75", "3"),
+        *("1,234,567", "234,567", "2,097,152", "1.23e13", "7,654,321", "1,472", "5.75", "3"),
         # The mean of 2.150, 2.160 and 2.154; their standard deviation is 0.00503.
         *("2.1547 ± 0.0029", "2.5547 ± 0.0029"),
     ]
@@ -220,7 +220,7 @@ def test_provenance_names_every_run_once():
         "x86_64, 2 cores, 2 runs at a time, 1 threads in each; Python 3.11.7, torch 2.13.0, transformers 5.23.0; or",
         "x86_64, 64 cores",
         "seeds: 0, 1, 2",
-        "tokens of a run: 2097152",
+        "tokens of a run: 2,097,152",
         "foreign foreign.txt (foreign)",
     ):
         assert words in text
@@ -246,6 +246,16 @@ def test_differences_and_verdicts_stand_beside_the_papers():
     deviation = math.sqrt(6e-6 / 10)
     assert f"is {deviation:.4f} (10 degrees of freedom)" in text
     assert f"beyond {2.228139 * deviation / math.sqrt(3):.4f} with 3 pairs" in text
+
+
+def test_the_verdict_on_foreign_text_is_its_own():
+    lines = make_lines(main_experiment(), MAIN_BITS)
+    for line in lines:
+        if line["model"] == "spiralformer-b":
+            line["bits_per_byte"]["foreign"] -= 0.1
+    row = cells(section(write(main_experiment(), lines), "Differences to `gpt-neox`"), "spiralformer-b")
+    assert row["verdict, validation"] == [NOISE] and row["verdict, foreign"] == [REPRODUCES]
+    assert row["validation"][0].startswith("+0.0007") and row["foreign"][0].startswith("-0.0993")
 
 
 def test_the_resolution_is_given_for_every_number_of_pairs():
