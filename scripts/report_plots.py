@@ -129,7 +129,8 @@ def validation_curves(model: ModelResults) -> tuple[np.ndarray, np.ndarray]:
     lines = model.runs.values()
     curves = [{tokens: bits for tokens, bits in line["validation_curve"] if bits is not None} for line in lines]
     tokens = sorted(set.intersection(*map(set, curves)) - {0})
-    flops = np.array(tokens) * model.cost("flops") / model.cost("tokens")
+    # The share first: tokens times FLOPs would not fit 64 bits.
+    flops = np.array(tokens) / model.cost("tokens") * model.cost("flops")
     return flops, np.array([[curve[count] for count in tokens] for curve in curves])
 
 

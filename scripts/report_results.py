@@ -25,9 +25,10 @@ FIELDS = {
     "kv_bytes_per_token": (),
     "decode_layer_equivalents": (),
     "wall_seconds": (),
+    "resumed_from_step": (),
     "commit": (),
     "date": (),
-    "machine": ("processor", "cores", "threads", "workers", "torch", "transformers", "python"),
+    "machine": ("device", "cores", "threads", "workers", "torch", "transformers", "python"),
     "training_curve": (),
     "validation_curve": (),
     "bits_per_byte": TEXTS,
@@ -60,6 +61,7 @@ class ModelResults:
     learning_rate: float | None
     runs: dict[int, dict]
     sweep: dict[float, dict] | None
+    diverged_at_every_rate: bool
 
     @property
     def diverged_seeds(self) -> list[int]:
@@ -109,7 +111,8 @@ class ExperimentResults:
         for name in experiment.models:
             sweep = experiment.sweep(name, lines) if experiment.rate_of in (None, name) else None
             rate, runs = experiment.chosen_rate(name, lines), experiment.finished(name, lines)
-            models.append(ModelResults(name, experiment.model_config(name), rate, runs, sweep))
+            no_rate = sweep is not None and len(sweep) == len(experiment.learning_rates) and rate is None
+            models.append(ModelResults(name, experiment.model_config(name), rate, runs, sweep, no_rate))
         fields = ("name", "title", "report", "seeds", "learning_rates", "rate_of", "reference")
         return cls(**{field: getattr(experiment, field) for field in fields}, models=models)
 

@@ -35,7 +35,8 @@ def mean_cell(mean: Mean | None, sign: str = "") -> str:
 
 
 def bits_cell(model: ModelResults, text: str) -> str:
-    return DIVERGED if model.diverged_seeds else mean_cell(model.mean(text))
+    diverged = model.diverged_seeds or model.diverged_at_every_rate
+    return DIVERGED if diverged else mean_cell(model.mean(text))
 
 
 def interval_cell(interval: tuple[float, float] | None) -> str:
@@ -64,7 +65,7 @@ def status(results: ExperimentResults) -> str:
     for model in results.swept:
         if len(model.sweep) < rates:
             parts.append(f"The sweep of `{model.name}` has {len(model.sweep)} of {rates} rates.")
-        elif model.learning_rate is None:
+        if model.diverged_at_every_rate:
             parts.append(f"`{model.name}` diverged at every learning rate.")
     for model in results.models:
         if model.diverged_seeds:
@@ -78,6 +79,12 @@ def distinct(values: Iterable) -> str:
     return ", ".join(map(str, sorted(set(values))))
 
 
+def short(commit: str) -> str:
+    """Seven digits of a commit; what says that the code differed from it stays."""
+    digits, *rest = commit.split("-")
+    return "-".join([digits[:7], *rest])
+
+
 def provenance(results: ExperimentResults) -> str:
     """Seeds, tokens, texts, time, machine, commits and dates of every run behind the report."""
     lines = results.lines
@@ -88,19 +95,21 @@ def provenance(results: ExperimentResults) -> str:
         for name in ("train", "validation", "foreign")
     )
     machines = {
-        "{processor}, {cores} cores, {workers} runs at a time, {threads} threads in each; Python {python}, "
+        "{device}, {cores} cores, {workers} runs at a time, {threads} threads in each; Python {python}, "
         "torch {torch}, transformers {transformers}".format(**line["machine"])
         for line in lines
     }
     dates = sorted({line["date"] for line in lines})
-    hours = sum(line["wall_seconds"] for line in lines) / 3600
+    time = f"{sum(line['wall_seconds'] for line in lines) / 3600:.1f} hours, summed over {len(lines)} runs, sweep included"
+    if resumed := sum(line["resumed_from_step"] > 0 for line in lines):
+        time += f"; of {resumed} resumed runs, the part after the resumption"
     facts = [
         f"seeds: {distinct(results.seeds)}",
         f"tokens of a run: {'; '.join(f'{tokens:,}' for tokens in sorted({line['tokens'] for line in lines}))}",
         f"text (sha256): {texts}",
-        f"time: {hours:.1f} hours, summed over {len(lines)} runs, those of the sweep included",
+        f"time: {time}",
         f"machine: {'; or '.join(sorted(machines))}",
-        f"commit: {distinct(line['commit'][:7] for line in lines)}",
+        f"commit: {distinct(short(line['commit']) for line in lines)}",
         f"date: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
     ]
     return "\n".join(f"- {fact}" for fact in facts)
@@ -114,15 +123,9 @@ def results_table(results: ExperimentResults) -> str:
     header = ["model", "layers"]
     if results.report == "ratio":
         header.append("recurrence ratio")
-    header += [
-        "learning rate",
-        "parameters",
-        "non-embedding",
-        "training tokens",
-        "training FLOPs",
-        "prefill FLOPs/token",
-    ]
-    header += ["KV bytes/token", "decode layer-equivalents", "seeds", "bits per byte, validation", "foreign"]
+    header += ["learning rate", "parameters", "non-embedding", "training tokens", "training FLOPs"]
+    header += ["prefill FLOPs/token", "KV bytes/token", "decode layer-equivalents"]
+    header += ["seeds", "bits per byte, validation", "foreign"]
     rows = []
     for model in results.models:
         row = [model.name, layers_cell(model)]
@@ -181,7 +184,7 @@ def resolution(comparison: Comparison, text: str) -> str:
     counts = sorted({len(found) for found in comparison.differences.values()})
     sizes = " and ".join(f"{comparison.half_width(count):.4f} with {count}" for count in counts)
     return (
-        f"On {text} text the pooled standard deviation of a difference is {deviation:.4f} "
+        f"On {text} text the pooled standard deviation of a difference to `{comparison.reference}` is {deviation:.4f} "
         f"({comparison.degrees_of_freedom} degrees of freedom): what is seen beyond {sizes} pairs is resolved. A "
         "difference that is really of this size would be so in half of such experiments only."
     )
@@ -244,12 +247,12 @@ def lowest_ratio(results: ExperimentResults) -> str:
         f"the paper's {low:.0%} to {high:.0%}."
     ]
     for model in results.models:
-        if model.recurrence_ratio == 0 and model is not lowest:
+        if model.recurrence_ratio == 0 and model.name in comparison.differences:
             verb = "is" if model.name in resolved else "is not"
             parts.append(f"Its difference to ratio 0 (`{model.name}`) {verb} resolved.")
     others = [name for name in comparison.differences if name not in resolved]
     parts.append(f"Resolved above it: {names(resolved)}; not resolved: {names(others)}.")
-    parts.append(resolution(comparison, "validation").replace("a difference", "a difference to it", 1))
+    parts.append(resolution(comparison, "validation"))
     parts.append("It is the lowest of several noisy means, so its own is likely to be a little too low.")
     return " ".join(parts)
 

@@ -102,10 +102,11 @@ def make_line(experiment: str, model: str, seed: int, rate: float, bits: float |
         "kv_bytes_per_token": 2944.0,
         "decode_layer_equivalents": 5.75,
         "wall_seconds": 180.0,
+        "resumed_from_step": 0,
         "commit": "abcdef0123456789",
         "date": "2026-11-24",
         "machine": {
-            **{"processor": "x86_64", "cores": 2, "threads": 1, "workers": 2},
+            **{"device": "x86_64", "cores": 2, "threads": 1, "workers": 2},
             **{"torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"},
         },
         "training_curve": [],

@@ -188,6 +188,8 @@ def test_a_model_that_diverged_at_every_rate_is_named():
     lines = [make_line("main_small", "gpt-neox", 0, rate, None) for rate in (0.002, 0.004, 0.008)]
     text = write(main_experiment(), lines)
     assert "`gpt-neox` diverged at every learning rate." in text
+    assert cells(section(text, "Results"), "gpt-neox")["foreign"] == ["diverged"]
+    assert "diverged" not in section(write(main_experiment(), lines[:2]), "Results")
     assert cells(section(text, "Sweep"), "gpt-neox")["0.008"] == ["diverged"]
 
 
@@ -211,11 +213,17 @@ def test_the_main_table_holds_what_the_lines_say():
 
 def test_provenance_names_every_run_once():
     lines = make_lines(main_experiment(), MAIN_BITS, wall_seconds=600.0)
-    lines[0] |= {"commit": "1234567890", "date": "2026-11-22", "machine": {**lines[0]["machine"], "cores": 64}}
+    assert "resumed" not in write(main_experiment(), lines)
+    lines[0] |= {
+        "commit": "1234567890-dirty",
+        "resumed_from_step": 5,
+        "date": "2026-11-22",
+        "machine": {**lines[0]["machine"], "cores": 64},
+    }
     text = write(main_experiment(), lines + make_lines(ratios(), RATIO_BITS, date="2027-01-01"))
     for words in (
-        "time: 5.0 hours, summed over 30 runs",
-        "commit: 1234567, abcdef0",
+        "time: 5.0 hours, summed over 30 runs, sweep included; of 1 resumed runs, the part after the resumption",
+        "commit: 1234567-dirty, abcdef0",
         "date: 2026-11-22 to 2026-11-24",
         "x86_64, 2 cores, 2 runs at a time, 1 threads in each; Python 3.11.7, torch 2.13.0, transformers 5.23.0; or",
         "x86_64, 64 cores",
@@ -326,6 +334,10 @@ def test_where_ratio_0_is_lowest_it_is_not_compared_with_itself():
     bits = RATIO_BITS | {"ratio-0": [2.0] * 3}
     found = section(write(ratios(), make_lines(ratios(), bits)), "The lowest ratio")
     assert "`ratio-0`, recurrence ratio 0%, outside" in found and "to ratio 0" not in found
+    found = section(write(ratios(), make_lines(ratios(), {"ratio-2": [2.0, 2.1]})), "The lowest ratio")
+    assert (
+        "`ratio-2`" in found and "to ratio 0" not in found and "Resolved above it: none; not resolved: none" in found
+    )
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -401,13 +413,13 @@ def test_no_two_labels_of_an_axis_overlap(figures):
 
 
 def test_a_curve_has_the_points_that_all_seeds_have():
-    lines = make_lines(main_experiment(), {"gpt-neox": [2.0, 2.1]}, flops=4e12, tokens=400)
+    lines = make_lines(main_experiment(), {"gpt-neox": [2.0, 2.1]}, flops=4 * 10**18, tokens=400)
     curves = [[[0, 8.0], [100, 4.0], [200, 3.0], [400, 2.0]], [[0, 8.0], [100, 5.0], [200, None], [400, 2.2]]]
     for line in lines:
         line["validation_curve"] = curves[line["seed"]]
     model = ExperimentResults.gather(main_experiment(), lines).models[0]
     flops, bits = report_plots.validation_curves(model)
-    assert list(flops) == [1e12, 4e12] and bits.tolist() == [[4.0, 2.0], [5.0, 2.2]]
+    assert list(flops) == [1e18, 4e18] and bits.tolist() == [[4.0, 2.0], [5.0, 2.2]]
 
 
 def test_the_ablations_show_intervals_and_pairs(figures):
