@@ -100,7 +100,8 @@ def provenance(results: ExperimentResults) -> str:
         for line in lines
     }
     dates = sorted({line["date"] for line in lines})
-    time = f"{sum(line['wall_seconds'] for line in lines) / 3600:.1f} hours, summed over {len(lines)} runs, sweep included"
+    hours = sum(line["wall_seconds"] for line in lines) / 3600
+    time = f"{hours:.1f} hours, summed over {len(lines)} runs, sweep included"
     if resumed := sum(line["resumed_from_step"] > 0 for line in lines):
         time += f"; of {resumed} resumed runs, the part after the resumption"
     facts = [
