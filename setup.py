@@ -24,6 +24,7 @@ setup(
             "pytest-xdist",
             "pyyaml",
             "ruff",
+            "scipy",
             "tokenizers",
             "torchao",
             "transformers-mlinter",

@@ -1,4 +1,7 @@
-"""The 22 models of Table 1 of arXiv 2602.11698: their schedules, and the figures that the paper gives for them."""
+"""
+Figures of arXiv 2602.11698: the schedules, parameters and FLOPs of the 22 models of its Table 1, and those of its
+perplexities that the experiments of `scripts/experiments/` are compared with.
+"""
 
 from dataclasses import dataclass
 
@@ -65,3 +68,38 @@ PUBLISHED_MODELS = (
     PublishedModel("spiralformer-b", "1.4b", "mesh", (4, 8, 4), SPIRAL_B, 1020.4, 805.9, 12.92),
     PublishedModel("spiralformer-l", "1.4b", "mesh", (8, 8, 8), SPIRAL_L, 1423.2, 1208.8, 13.13),
 )
+
+# Perplexity on the Pile, Table 1, the smallest and the largest scale: model of the experiments -> perplexity. GPT-NeoX
+# with MeSH and without a loop exists at the largest scale only.
+PERPLEXITIES = {
+    "160M": {
+        "gpt-neox": 11.31,
+        "looped-anchor": 11.63,
+        "looped-mesh": 11.37,
+        "spiralformer-b": 11.29,
+        "spiralformer-l": 10.94,
+    },
+    "1.4B": {
+        "gpt-neox": 7.44,
+        "gpt-neox-mesh": 7.26,
+        "looped-anchor": 7.51,
+        "looped-mesh": 7.39,
+        "spiralformer-b": 7.30,
+        "spiralformer-l": 7.14,
+    },
+}
+
+# Perplexity on the Pile at 410M of SpiralFormer-B with MeSH, one thing changed: model of the ablations -> perplexity.
+ABLATIONS = {
+    "published": 9.00,
+    "anchor": 9.13,
+    "fine-to-coarse": 9.24,
+    "no-overlap": 9.10,
+    "zero-offsets": 9.01,
+    "mean-pooling": 9.01,
+    "broadcast": 9.03,
+    "neither-learned": 9.03,
+}
+
+# The recurrence ratios between which the paper's loss at 410M is lowest (its Figure 3).
+BEST_RECURRENCE_RATIOS = (0.3, 0.4)

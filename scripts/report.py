@@ -1,0 +1,67 @@
+"""Tables and pictures of the training experiments, from the lines of their finished runs and nothing else.
+
+    python scripts/report.py
+
+Writes <name>.md and its PNG files for every experiment in `scripts/experiments/`, finished or not. `--check` writes
+nothing, and fails with the names of the Markdown files that are not what the lines give.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiment_plan import load_experiment
+from experiment_store import read_lines
+from report_plots import Picture, pictures, scaling_picture
+from report_results import ExperimentResults
+from report_tables import report
+from training_arguments import ROOT
+from transformers import HfArgumentParser
+
+
+@dataclass
+class ReportArguments:
+    """What to read, and where to write."""
+
+    experiments: list[str] = field(
+        default_factory=lambda: sorted(map(str, (ROOT / "scripts" / "experiments").glob("*.yaml"))),
+        metadata={"help": "YAML files of the experiments. Default: all of scripts/experiments."},
+    )
+    runs: str = field(
+        default=str(ROOT / "docs" / "results" / "runs.jsonl"), metadata={"help": "Lines of the finished runs."}
+    )
+    output_dir: str = field(
+        default=str(ROOT / "docs" / "results"), metadata={"help": "Folder for the Markdown and PNG files."}
+    )
+    check: bool = field(default=False, metadata={"help": "Write nothing; fail where a Markdown file is out of date."})
+
+
+def stale_files(texts: dict[Path, str]) -> list[str]:
+    """The files that do not exist, or hold another text."""
+    return [path.name for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
+
+
+def main(arguments: ReportArguments) -> None:
+    folder = Path(arguments.output_dir)
+    lines = read_lines(arguments.runs)
+    everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
+    texts: dict[Path, str] = {}
+    drawn: list[Picture] = scaling_picture(everything)
+    for results in everything:
+        own = pictures(results)
+        texts[folder / f"{results.name}.md"] = report(results, {picture.file: picture.shows for picture in own})
+        drawn += own
+    if arguments.check:
+        if stale := stale_files(texts):
+            raise SystemExit(f"Not what {arguments.runs} gives: {', '.join(stale)}. Run `python scripts/report.py`.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    for picture in drawn:
+        picture.draw(folder / picture.file)
+        print(folder / picture.file)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(ReportArguments).parse_args_into_dataclasses())

@@ -1,0 +1,138 @@
+"""What the lines of `docs/results/runs.jsonl` say about one experiment: the runs that count, model by model."""
+
+import math
+from dataclasses import dataclass
+
+from report_statistics import Comparison, Mean
+
+from modeling_spiralformer import SpiralFormerConfig
+
+TEXTS = ("validation", "foreign")
+FIELDS = {
+    "key": (),
+    "experiment": (),
+    "model": (),
+    "seed": (),
+    "learning_rate": (),
+    "settings": (),
+    "text": ("train", *TEXTS),
+    "tokens": (),
+    "steps": (),
+    "flops": (),
+    "prefill_flops_per_token": (),
+    "parameters": (),
+    "non_embedding_parameters": (),
+    "kv_bytes_per_token": (),
+    "decode_layer_equivalents": (),
+    "wall_seconds": (),
+    "resumed_from_step": (),
+    "commit": (),
+    "date": (),
+    "machine": ("device", "cores", "threads", "workers", "torch", "transformers", "python"),
+    "training_curve": (),
+    "validation_curve": (),
+    "bits_per_byte": TEXTS,
+}
+
+
+def check_line(line: dict) -> None:
+    """Raises ValueError where a line of the store lacks a field, or a figure is neither finite nor null."""
+    for field, inner in FIELDS.items():
+        if field not in line:
+            raise ValueError(f"A line must have the field `{field}`, but the one of key {line.get('key')!r} lacks it.")
+        for name in inner:
+            if name not in line[field]:
+                raise ValueError(f"`{field}` must have {list(inner)}, but lacks {name!r} in {line['key']!r}.")
+    for text, value in line["bits_per_byte"].items():
+        if value is not None and not math.isfinite(value):
+            found = f"`bits_per_byte[{text!r}]`"
+            raise ValueError(f"{found} must be finite, or null of a diverged run, but got {value} in {line['key']!r}.")
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """
+    The runs of one model: by seed at its learning rate (None while it is not chosen), and by rate those of its sweep
+    (None where the model takes the rate of another).
+    """
+
+    name: str
+    config: SpiralFormerConfig
+    learning_rate: float | None
+    runs: dict[int, dict]
+    sweep: dict[float, dict] | None
+    diverged_at_every_rate: bool
+
+    @property
+    def diverged_seeds(self) -> list[int]:
+        """Seeds at the chosen learning rate that ended without a loss on one of the texts."""
+        return [seed for seed, line in self.runs.items() if None in (line["bits_per_byte"][text] for text in TEXTS)]
+
+    def bits(self, text: str) -> dict[int, float]:
+        """Seed -> bits per byte; nothing at all of a model that diverged: a mean over the others would flatter it."""
+        return {} if self.diverged_seeds else {s: line["bits_per_byte"][text] for s, line in self.runs.items()}
+
+    def mean(self, text: str) -> Mean | None:
+        """Mean bits per byte over the seeds; None where there are none, or one of them diverged."""
+        bits = self.bits(text)
+        return Mean.of(bits.values()) if bits else None
+
+    def cost(self, field: str) -> float | None:
+        """A figure that all runs of the model share, such as its parameters; None before its first run."""
+        return next((line[field] for line in self.runs.values()), None)
+
+    @property
+    def recurrence_ratio(self) -> float:
+        """N_core / (N_pre + N_core + N_post), the share of layers that the loop repeats."""
+        config = self.config
+        layers = config.num_prelude_layers + config.num_core_layers + config.num_coda_layers
+        return config.num_core_layers / layers
+
+
+@dataclass(frozen=True)
+class ExperimentResults:
+    """One experiment, and the results of its models in the order of the table."""
+
+    name: str
+    title: str
+    report: str
+    seeds: list[int]
+    learning_rates: list[float]
+    rate_of: str | None
+    reference: str
+    models: list[ModelResults]
+
+    @classmethod
+    def gather(cls, experiment, lines: list[dict]) -> "ExperimentResults":
+        """Asks the experiment which of all lines are its own. Raises ValueError on a line that lacks a field."""
+        for line in lines:
+            check_line(line)
+        models = []
+        for name in experiment.models:
+            sweep = experiment.sweep(name, lines) if experiment.rate_of in (None, name) else None
+            rate, runs = experiment.chosen_rate(name, lines), experiment.finished(name, lines)
+            no_rate = sweep is not None and len(sweep) == len(experiment.learning_rates) and rate is None
+            models.append(ModelResults(name, experiment.model_config(name), rate, runs, sweep, no_rate))
+        fields = ("name", "title", "report", "seeds", "learning_rates", "rate_of", "reference")
+        return cls(**{field: getattr(experiment, field) for field in fields}, models=models)
+
+    @property
+    def swept(self) -> list[ModelResults]:
+        """The models that have a sweep of their own."""
+        return [model for model in self.models if model.sweep is not None]
+
+    @property
+    def lines(self) -> list[dict]:
+        """Every line behind these results, once."""
+        lines = [line for model in self.models for line in model.runs.values()]
+        lines += [line for model in self.swept for line in model.sweep.values()]
+        return list({line["key"]: line for line in lines}.values())
+
+    @property
+    def measured(self) -> list[ModelResults]:
+        """The models that have a mean."""
+        return [model for model in self.models if model.mean("validation") is not None]
+
+    def compare(self, text: str, reference: str | None = None) -> Comparison:
+        """Paired differences in bits per byte, to the experiment's reference unless another is named."""
+        return Comparison.of({model.name: model.bits(text) for model in self.models}, reference or self.reference)
