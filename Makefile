@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 STAMP_MIN = .venv-min/.installed
 
-.PHONY: help quickstart test test-min fuzz table memory benchmark figures clean
+.PHONY: help quickstart test test-min fuzz table memory benchmark results results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 5 minutes"
@@ -17,6 +17,8 @@ help:
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX of the same width, with a picture: about 25 minutes"
+	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
+	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 4 hours in all"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make clean        remove environments and runs"
 
@@ -61,6 +63,19 @@ memory: $(STAMP)
 benchmark: $(STAMP)
 	$(RUN) scripts/benchmark.py
 	$(RUN) scripts/plot_benchmark.py
+
+results: $(STAMP)
+	$(RUN) scripts/report.py
+
+# In the order in which their runs start. Two runs at a time, one core each, use a small machine better than one on both.
+EXPERIMENTS = main_small ablations recurrence_ratio main_large
+WORKERS ?= 2
+
+results-run: $(STAMP)
+	@test -n "$(DATA_DIR)" || { echo "DATA_DIR must name the folder of the texts: make results-run DATA_DIR=..."; exit 2; }
+	$(RUN) scripts/experiment.py --experiments $(EXPERIMENTS:%=scripts/experiments/%.yaml) --data_dir "$(DATA_DIR)" \
+		--workers $(WORKERS)
+	$(RUN) scripts/report.py
 
 figures: $(STAMP)
 	$(RUN) scripts/draw_figures.py

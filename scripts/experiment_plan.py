@@ -18,23 +18,13 @@ from modeling_spiralformer import SpiralFormerConfig
 
 REPORTS = ("table", "ablations", "ratio")
 TEXTS = ("train", "validation", "foreign")
-# The runner sets these itself: from the plan, or so that a killed run can go on.
-RESERVED = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "eval_strategy",
-    "eval_steps",
-    "logging_steps",
-)
+# The runner sets these itself, from the plan, or so that a killed run can go on; the last would change the batch.
+RESERVED = {
+    *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "seed", "data_seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
+    *("dataloader_pin_memory", "auto_find_batch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,12 +82,23 @@ class Experiment:
             right = isinstance(values, list) and values and all(type(value) is kind for value in values)
             if not right or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must be a list of different {kind.__name__} values, but got {values!r}.")
-        allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - set(RESERVED)
-        for name in self.training:
-            if name not in allowed:
-                raise ValueError(f"`training` must name settings of SpiralTrainingArguments, but got {name!r}.")
+        self._check_training()
         for name in self.models:
             self.model_config(name)
+
+    def _check_training(self):
+        allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - RESERVED
+        for name in self.training:
+            if name not in allowed:
+                raise ValueError(
+                    "`training` must name settings of SpiralTrainingArguments that the runner does not set itself, "
+                    f"but got {name!r}."
+                )
+        parts = self.training.get("gradient_accumulation_steps", 1)
+        if self.batch_size % parts:
+            raise ValueError(
+                f"`batch_size` must be a multiple of {parts} accumulated steps, but got {self.batch_size}."
+            )
 
     def _check_names(self):
         if self.report not in REPORTS:

@@ -60,10 +60,11 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
     """The settings of the Trainer; equal seeds give equal batches in equal order, whatever the model."""
     settings = run.settings
     steps = settings["steps"]
-    return SpiralTrainingArguments(
+    parts = settings["training"].get("gradient_accumulation_steps", 1)
+    arguments = SpiralTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings["batch_size"],
+        per_device_train_batch_size=settings["batch_size"] // parts,
         per_device_eval_batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
         seed=settings["seed"],
@@ -80,6 +81,13 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
         disable_tqdm=True,
         **settings["training"],
     )
+    batch_size = arguments.train_batch_size * parts * arguments.world_size
+    if batch_size != settings["batch_size"]:
+        raise ValueError(
+            f"`batch_size` must be {settings['batch_size']}, as planned, but on {arguments.n_gpu} devices and "
+            f"{arguments.world_size} processes it would be {batch_size}: let the runner see one device."
+        )
+    return arguments
 
 
 def train_to_end(trainer: Trainer, progress: Progress) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from experiment_plan import Experiment, load_experiment
-from experiment_run import last_whole_checkpoint, train_run
+from experiment_run import last_whole_checkpoint, train_run, training_arguments
 from experiment_store import append_line, drop_torn_line, read_lines
 from matching import count_costs, count_parameters, match_parameters, match_steps, meta_model, parameters_per_unit
 from train_tokenizer import save_tokenizer, train_tokenizer
@@ -123,6 +123,7 @@ def test_a_key_hangs_on_everything_that_decides_a_run():
         ({"seeds": []}, "seeds"),
         ({"learning_rates": ["1e-3"]}, "learning_rates"),
         ({"training": {"learning_rate": 1e-3}}, "learning_rate"),
+        ({"training": {"gradient_accumulation_steps": 3}}, "batch_size"),
         ({"training": {"wheight_decay": 1e-3}}, "wheight_decay"),
         ({"models": {"plain": {"layers": 3}}}, "layers"),
         ({"models": {"plain": {"chunk_sizes": [0]}}}, "chunk_sizes"),
@@ -324,6 +325,16 @@ def test_a_seed_gives_all_models_the_same_batches(data_dir, tokenizer, tmp_path,
     assert seen["plain", 0] == seen["spiral", 0] != seen["spiral", 1]
 
 
+def test_accumulated_steps_keep_the_batch_and_other_devices_do_not(tmp_path, monkeypatch):
+    arguments = training_arguments(
+        experiment(training={"gradient_accumulation_steps": 2}).run("plain", 0, 1e-3), tmp_path
+    )
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 2)
+    monkeypatch.setattr(type(arguments), "n_gpu", 2)
+    with pytest.raises(ValueError, match="batch_size"):
+        training_arguments(experiment().run("plain", 0, 1e-3), tmp_path)
+
+
 def test_a_diverged_run_is_a_result(data_dir, tokenizer, tmp_path):
     run = experiment(training={"max_grad_norm": 0.0}).run("plain", 0, 1e30)
     results = train_run(run, data_dir, tmp_path / "runs", tokenizer, [].append)
@@ -355,7 +366,8 @@ def test_a_killed_runner_goes_on(data_dir, tmp_path):
     assert beside.returncode != 0 and "`runs_dir` must not be in use" in refusal
     os.killpg(runner.pid, signal.SIGKILL)
     runner.communicate()
-    before = drop_torn_line(path) and None or read_lines(path)
+    drop_torn_line(path)
+    before = read_lines(path)
     with open(path, "a") as file:
         file.write('{"key": "torn')
     runner = start_runner(tmp_path, data_dir)
