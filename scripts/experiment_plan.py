@@ -57,7 +57,7 @@ class Experiment:
     name: str
     title: str
     report: str
-    reference: str
+    references: list[str]
     text: dict[str, str]
     vocab_size: int
     block_size: int
@@ -105,10 +105,12 @@ class Experiment:
             raise ValueError(f"`report` must be one of {list(REPORTS)}, but got {self.report!r}.")
         if sorted(self.text) != sorted(TEXTS):
             raise ValueError(f"`text` must name a file for each of {list(TEXTS)}, but got {self.text}.")
-        for name in ("reference", "rate_of"):
-            value = getattr(self, name)
-            if value not in self.models and not (name == "rate_of" and value is None):
-                raise ValueError(f"`{name}` must be one of the models {list(self.models)}, but got {value!r}.")
+        if not self.references or not isinstance(self.references, list):
+            raise ValueError(f"`references` must be a list of models, but got {self.references!r}.")
+        named = [("references", name) for name in self.references] + [("rate_of", self.rate_of or self.references[0])]
+        for name, value in named:
+            if value not in self.models:
+                raise ValueError(f"`{name}` must name models of {list(self.models)}, but got {value!r}.")
 
     @functools.cache  # noqa: B019  experiments live as long as the process
     def model_config(self, name: str) -> SpiralFormerConfig:

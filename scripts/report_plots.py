@@ -225,8 +225,12 @@ def pictures(results: ExperimentResults) -> list[Picture]:
 
 
 def scaling_picture(experiments: list[ExperimentResults]) -> list[Picture]:
-    """The one picture of several main comparisons, where at least two of them have results; else none."""
-    sizes = [results for results in experiments if results.report == "table" and results.measured]
+    """The one picture of main comparisons on equally many tokens, where at least two have results; else none."""
+    by_tokens: dict[int, list[ExperimentResults]] = {}
+    for results in experiments:
+        if results.report == "table" and results.measured:
+            by_tokens.setdefault(results.measured[0].cost("tokens"), []).append(results)
+    sizes = max(by_tokens.values(), key=len, default=[])
     if len(sizes) < 2:
         return []
     return [Picture("scaling.png", "The sizes of each family", lambda path: draw_scaling(sizes, path))]

@@ -99,7 +99,7 @@ class ExperimentResults:
     seeds: list[int]
     learning_rates: list[float]
     rate_of: str | None
-    reference: str
+    references: list[str]
     models: list[ModelResults]
 
     @classmethod
@@ -113,8 +113,13 @@ class ExperimentResults:
             rate, runs = experiment.chosen_rate(name, lines), experiment.finished(name, lines)
             no_rate = sweep is not None and len(sweep) == len(experiment.learning_rates) and rate is None
             models.append(ModelResults(name, experiment.model_config(name), rate, runs, sweep, no_rate))
-        fields = ("name", "title", "report", "seeds", "learning_rates", "rate_of", "reference")
+        fields = ("name", "title", "report", "seeds", "learning_rates", "rate_of", "references")
         return cls(**{field: getattr(experiment, field) for field in fields}, models=models)
+
+    @property
+    def reference(self) -> str:
+        """The first of the models that the others are compared with."""
+        return self.references[0]
 
     @property
     def swept(self) -> list[ModelResults]:
@@ -134,5 +139,5 @@ class ExperimentResults:
         return [model for model in self.models if model.mean("validation") is not None]
 
     def compare(self, text: str, reference: str | None = None) -> Comparison:
-        """Paired differences in bits per byte, to the experiment's reference unless another is named."""
+        """Paired differences in bits per byte, to the first reference unless another is named."""
         return Comparison.of({model.name: model.bits(text) for model in self.models}, reference or self.reference)

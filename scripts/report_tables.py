@@ -156,17 +156,17 @@ def expected_change(changes: Sequence[float | None]) -> float | None:
     return known[0] if known and agree else None
 
 
-def difference_table(results: ExperimentResults) -> str:
+def difference_table(results: ExperimentResults, reference: str) -> str:
     """One row a model but for the reference: paired differences on both texts, beside the paper's."""
     paper = PAPER[results.report]
-    validation, foreign = results.compare("validation"), results.compare("foreign")
+    validation, foreign = (results.compare(text, reference) for text in ("validation", "foreign"))
     header = ["model", "pairs", "validation", "95% interval", "foreign", "95% interval"]
     header += [*(f"paper, {where}" for where in paper), "verdict, validation", "verdict, foreign"]
     rows = []
     for model in results.models:
-        if model.name == results.reference:
+        if model.name == reference:
             continue
-        changes = [paper_change(perplexities, model.name, results.reference) for perplexities in paper.values()]
+        changes = [paper_change(perplexities, model.name, reference) for perplexities in paper.values()]
         expected, mean = expected_change(changes), validation.mean(model.name)
         row = [model.name, "0" if mean is None else str(mean.count)]
         for comparison in (validation, foreign):
@@ -192,11 +192,11 @@ def resolution(comparison: Comparison, text: str) -> str:
 
 
 def differences(results: ExperimentResults) -> str:
-    """The table of differences, and how to read it."""
+    """How to read a table of differences, and the table for each reference."""
     text = (
-        f"Bits per byte of a model minus those of `{results.reference}` with the same seed; below 0 is better. Mean ± "
-        "standard error of the row's own pairs. The 95% intervals are of Student's t, with one standard deviation for "
-        "all rows. They hold for each row by itself: of twenty differences that are really 0, one is expected outside."
+        "Bits per byte of a model minus those of the reference with the same seed; below 0 is better. Mean ± standard "
+        "error of the row's own pairs. The 95% intervals are of Student's t, with one standard deviation for a whole "
+        "table. They hold for each row by itself: of twenty differences that are really 0, one is expected outside."
     )
     if PAPER[results.report]:
         text += (
@@ -204,8 +204,10 @@ def differences(results: ExperimentResults) -> str:
             'compares, its size does not. "Reproduces" and "opposite": the interval lies on the paper\'s side of 0, '
             'or on the other. "Lower" and "higher": so it lies, and the paper has no such model, or both signs.'
         )
-    parts = [text, difference_table(results)]
-    parts += [" ".join(resolution(results.compare(name), name) for name in ("validation", "foreign"))]
+    parts = [text]
+    for reference in results.references:
+        resolutions = [resolution(results.compare(text, reference), text) for text in ("validation", "foreign")]
+        parts += [f"### To `{reference}`", difference_table(results, reference), " ".join(resolutions)]
     return "\n\n".join(parts)
 
 
@@ -268,7 +270,7 @@ def report(results: ExperimentResults, pictures: dict[str, str]) -> str:
         "## Results",
         results_table(results),
         *(f"![{shows}]({file})" for file, shows in pictures.items()),
-        f"## Differences to `{results.reference}`",
+        "## Differences",
         differences(results),
     ]
     if results.report == "ratio":

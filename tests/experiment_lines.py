@@ -45,7 +45,7 @@ class MadeUpExperiment:
     name: str
     report: str
     models: dict[str, dict]
-    reference: str
+    references: list[str]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     learning_rates: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
     rate_of: str | None = None

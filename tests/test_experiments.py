@@ -25,7 +25,7 @@ EXPERIMENTS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
 SMALL = {
     "title": "Two tiny models",
     "report": "table",
-    "reference": "plain",
+    "references": ["plain"],
     "text": {"train": "train.txt", "validation": "valid.txt", "foreign": "foreign.txt"},
     "vocab_size": 259,
     "block_size": 32,
@@ -115,7 +115,9 @@ def test_a_key_hangs_on_everything_that_decides_a_run():
     ("changes", "field"),
     [
         ({"report": "pie"}, "report"),
-        ({"reference": "nobody"}, "reference"),
+        ({"references": ["plain", "nobody"]}, "references"),
+        ({"references": []}, "references"),
+        ({"references": "plain"}, "references"),
         ({"rate_of": "nobody"}, "rate_of"),
         ({"text": {"train": "a.txt"}}, "text"),
         ({"batch_size": 0}, "batch_size"),

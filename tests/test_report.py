@@ -25,15 +25,15 @@ RATIO_BITS |= {"ratio-6": [2.101, 2.108, 2.103], "ratio-8": [2.14, 2.149, 2.142]
 
 
 def main_experiment(name: str = "main_small", **options) -> MadeUpExperiment:
-    return MadeUpExperiment(name, "table", MAIN, "gpt-neox", **options)
+    return MadeUpExperiment(name, "table", MAIN, ["gpt-neox", "looped-anchor"], **options)
 
 
 def ablations() -> MadeUpExperiment:
-    return MadeUpExperiment("ablations", "ablations", ABLATIONS, "published", rate_of="published")
+    return MadeUpExperiment("ablations", "ablations", ABLATIONS, ["published"], rate_of="published")
 
 
 def ratios() -> MadeUpExperiment:
-    return MadeUpExperiment("recurrence_ratio", "ratio", RATIOS, "ratio-0")
+    return MadeUpExperiment("recurrence_ratio", "ratio", RATIOS, ["ratio-0"])
 
 
 def write(experiment: MadeUpExperiment, lines: list[dict]) -> str:
@@ -43,7 +43,7 @@ def write(experiment: MadeUpExperiment, lines: list[dict]) -> str:
 
 def section(text: str, title: str) -> str:
     """A report's section of that title, up to the next one."""
-    return text.split(f"## {title}")[1].split("\n## ")[0]
+    return text.split(f"## {title}")[1].split("\n##")[0]
 
 
 def cells(text: str, model: str) -> dict[str, list[str]]:
@@ -107,7 +107,7 @@ def test_what_is_missing_is_said_at_the_top():
     assert cells(table, "looped-mesh")["seeds"] == ["2"]
     assert cells(table, "looped-mesh")["bits per byte, validation"] == ["2.1250 ± 0.0050"]
     assert cells(table, "spiralformer-l")["bits per byte, validation"] == ["-"]
-    assert cells(section(text, "Differences"), "looped-mesh")["pairs"] == ["2"]
+    assert cells(section(text, "To `gpt-neox`"), "looped-mesh")["pairs"] == ["2"]
 
 
 def test_a_diverged_model_has_no_mean_and_no_part_in_the_intervals():
@@ -118,7 +118,7 @@ def test_a_diverged_model_has_no_mean_and_no_part_in_the_intervals():
     assert "`looped-anchor` diverged with seed 1" in text.split("\n- ")[0]
     row = cells(section(text, "Results"), "looped-anchor")
     assert row["seeds"] == ["3"] and row["bits per byte, validation"] == row["foreign"] == ["diverged"]
-    assert cells(section(text, "Differences"), "looped-anchor")["pairs"] == ["0"]
+    assert cells(section(text, "To `gpt-neox`"), "looped-anchor")["pairs"] == ["0"]
     deviations = [
         ExperimentResults.gather(main_experiment(), lines).compare("foreign").pooled_deviation
         for lines in (whole, without, diverged)
@@ -177,7 +177,7 @@ def test_provenance_names_every_run_once():
 
 
 def test_differences_and_verdicts_stand_beside_the_papers():
-    text = section(write(main_experiment(), make_lines(main_experiment(), MAIN_BITS)), "Differences to `gpt-neox`")
+    text = section(write(main_experiment(), make_lines(main_experiment(), MAIN_BITS)), "To `gpt-neox`")
     row = cells(text, "looped-anchor")
     # Differences 0.030, 0.029, 0.031, ln(11.63 / 11.31) and ln(7.51 / 7.44).
     assert row["validation"] == row["foreign"] == ["+0.0300 ± 0.0006"]
@@ -198,12 +198,34 @@ def test_differences_and_verdicts_stand_beside_the_papers():
     assert f"beyond {2.228139 * deviation / math.sqrt(3):.4f} with 3 pairs" in text
 
 
+def test_every_reference_has_a_table_of_its_own():
+    text = section(write(main_experiment(), make_lines(main_experiment(), MAIN_BITS)), "To `looped-anchor`")
+    row = cells(text, "spiralformer-b")
+    assert row["validation"] == ["-0.0293 ± 0.0003"] and row["verdict, validation"] == [REPRODUCES]
+    assert row["paper, 160M"] == ["-0.0297"]  # ln(11.29 / 11.63)
+    assert "| looped-anchor |" not in text and "difference to `looped-anchor`" in text
+
+
+def test_sizes_are_connected_only_where_they_saw_equally_many_tokens():
+    small, large, long = (main_experiment(name) for name in ("main_small", "main_large", "main_small_long"))
+    tokens = {"main_small": 100, "main_large": 100, "main_small_long": 400}
+    lines = [line for one in (small, large, long) for line in make_lines(one, MAIN_BITS, tokens=tokens[one.name])]
+    results = [ExperimentResults.gather(one, lines) for one in (long, small, large)]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_plots, "draw_scaling", lambda sizes, path: drawn.extend(sizes))
+        (picture,) = report_plots.scaling_picture(results)
+        picture.draw(None)
+    assert [one.name for one in drawn] == ["main_small", "main_large"]
+    assert report_plots.scaling_picture(results[:2]) == []
+
+
 def test_the_verdict_on_foreign_text_is_its_own():
     lines = make_lines(main_experiment(), MAIN_BITS)
     for line in lines:
         if line["model"] == "spiralformer-b":
             line["bits_per_byte"]["foreign"] -= 0.1
-    row = cells(section(write(main_experiment(), lines), "Differences to `gpt-neox`"), "spiralformer-b")
+    row = cells(section(write(main_experiment(), lines), "To `gpt-neox`"), "spiralformer-b")
     assert row["verdict, validation"] == [NOISE] and row["verdict, foreign"] == [REPRODUCES]
     assert row["validation"][0].startswith("+0.0007") and row["foreign"][0].startswith("-0.0993")
 
@@ -237,7 +259,7 @@ def test_ablations_take_one_rate_and_keep_their_own_costs():
     assert cells(section(text, "Results"), "anchor")["parameters"] == ["1,000"]
     assert cells(section(text, "Results"), "anchor")["learning rate"] == ["0.004"]
     assert cells(section(text, "Results"), "fine-to-coarse")["layers"] == ["2+4x{1,1/2,1/4,1/8}+2"]
-    row = cells(section(text, "Differences to `published`"), "fine-to-coarse")
+    row = cells(section(text, "To `published`"), "fine-to-coarse")
     assert row["validation"] == ["+0.0200 ± 0.0000"] and row["paper, 410M"] == ["+0.0263"]
     assert row["verdict, validation"] == row["verdict, foreign"] == [REPRODUCES]
     swept = section(text, "Sweep")
