@@ -9,8 +9,10 @@ Can be killed at any moment and started again: finished runs are skipped, others
 import fcntl
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
+import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,9 +62,16 @@ class ExperimentArguments:
 flops_done = None  # shared with the runner, which shows it
 
 
+def exit_with_runner() -> None:
+    """Ends this process with its runner, however that ended: the next runner will train in the same folders."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def start_worker(shared, threads: int) -> None:
     """Called once in each new process."""
     global flops_done
+    threading.Thread(target=exit_with_runner, daemon=True).start()
     flops_done = shared
     torch.set_num_threads(threads)
 

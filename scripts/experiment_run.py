@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,10 @@ CHECKPOINTS = 4
 
 
 class Progress(TrainerCallback):
-    """
-    Reports the FLOPs of every optimiser step, those before a resumed run included, and stops a run whose runner is
-    gone: the next runner goes on from its last checkpoint, and two processes must not write into one folder.
-    """
+    """Reports the FLOPs of every optimiser step, those before a resumed run included."""
 
     def __init__(self, flops_per_step: float, report: Callable[[float], None]):
-        self.flops_per_step, self.report, self.runner = flops_per_step, report, os.getppid()
+        self.flops_per_step, self.report = flops_per_step, report
         self.resumed_from_step = 0
 
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
@@ -40,8 +36,6 @@ class Progress(TrainerCallback):
         self.report(self.flops_per_step * state.global_step)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        if os.getppid() != self.runner:
-            raise RuntimeError("The process that started this run is gone: it stops, and can be resumed.")
         self.report(self.flops_per_step)
 
 

@@ -11,7 +11,10 @@ from tables import format_schedule, markdown_table
 NOTHING, DIVERGED = "-", "diverged"
 # What the paper reports beside the models of each kind of report: where -> model -> perplexity on the Pile.
 PAPER = {"table": PERPLEXITIES, "ablations": {"410M": ABLATIONS}, "ratio": {}}
-
+COSTS = (
+    "Counted, not timed: FLOPs, two per multiply-add, attention as the full square, here of a prefill of one block; "
+    "bytes of the cache in float32 after a block; layer calls of an average decode step."
+)
 
 # -- cells ------------------------------------------------------------------------------------------------------------
 
@@ -120,26 +123,38 @@ def provenance(results: ExperimentResults) -> str:
 
 
 def results_table(results: ExperimentResults) -> str:
-    """One row a model: what it is, what it costs, and bits per byte on both texts as mean ± standard error."""
+    """One row a model: what it is, and bits per byte on both texts as mean ± standard error over the seeds."""
     header = ["model", "layers"]
     if results.report == "ratio":
         header.append("recurrence ratio")
-    header += ["learning rate", "parameters", "non-embedding", "training tokens", "training FLOPs"]
-    header += ["prefill FLOPs/token", "KV bytes/token", "decode layer-equivalents"]
-    header += ["seeds", "bits per byte, validation", "foreign"]
+    header += ["non-embedding parameters", "training FLOPs", "learning rate", "seeds"]
+    header += ["bits per byte, validation", "foreign"]
     rows = []
     for model in results.models:
         row = [model.name, layers_cell(model)]
         if results.report == "ratio":
             row.append(f"{model.recurrence_ratio:.0%}")
-        row.append(or_nothing(model.learning_rate, "g"))
-        row += [or_nothing(model.cost(field), ",") for field in ("parameters", "non_embedding_parameters", "tokens")]
-        row.append(scientific(model.cost("flops")))
-        row += [or_nothing(model.cost(field), ",.0f") for field in ("prefill_flops_per_token", "kv_bytes_per_token")]
-        row.append(or_nothing(model.cost("decode_layer_equivalents"), ".2f"))
-        row += [str(len(model.runs)), bits_cell(model, "validation"), bits_cell(model, "foreign")]
+        row += [or_nothing(model.cost("non_embedding_parameters"), ","), scientific(model.cost("flops"))]
+        row += [or_nothing(model.learning_rate, "g"), str(len(model.runs))]
+        row += [bits_cell(model, "validation"), bits_cell(model, "foreign")]
         rows.append(row)
     return markdown_table(header, rows, text_columns=2)
+
+
+def costs_table(results: ExperimentResults) -> str:
+    """One row a model: what it costs to keep, to train and to run."""
+    forms = {
+        "parameters": ("parameters", ","),
+        "training tokens": ("tokens", ","),
+        "prefill FLOPs/token": ("prefill_flops_per_token", ",.0f"),
+        "KV bytes/token": ("kv_bytes_per_token", ",.0f"),
+        "decode layer-equivalents": ("decode_layer_equivalents", ".2f"),
+    }
+    rows = [
+        [model.name, *(or_nothing(model.cost(field), form) for field, form in forms.values())]
+        for model in results.models
+    ]
+    return markdown_table(["model", *forms], rows)
 
 
 def paper_change(perplexities: dict[str, float], name: str, reference: str) -> float | None:
@@ -270,6 +285,9 @@ def report(results: ExperimentResults, pictures: dict[str, str]) -> str:
         "## Results",
         results_table(results),
         *(f"![{shows}]({file})" for file, shows in pictures.items()),
+        "## Costs",
+        COSTS,
+        costs_table(results),
         "## Differences",
         differences(results),
     ]

@@ -8,6 +8,8 @@ import report
 import report_plots
 import report_tables
 from experiment_lines import ABLATIONS, MAIN, RATIOS, MadeUpExperiment, make_line, make_lines
+from experiment_plan import load_experiment
+from experiment_store import read_lines
 from published import PERPLEXITIES
 from report_results import FIELDS, ExperimentResults
 from report_statistics import LOWER, NOISE, OPPOSITE, REPRODUCES
@@ -142,14 +144,19 @@ def test_the_main_table_holds_what_the_lines_say():
     costs = {"parameters": 1234567, "non_embedding_parameters": 234567, "flops": 1.234e13}
     costs |= {"prefill_flops_per_token": 7654321.0, "kv_bytes_per_token": 1472.0, "decode_layer_equivalents": 5.75}
     lines = make_lines(main_experiment(), {"spiralformer-l": MAIN_BITS["spiralformer-l"]}, 0.002, **costs)
-    row = cells(section(write(main_experiment(), lines), "Results"), "spiralformer-l")
+    text = write(main_experiment(), lines)
+    row = cells(section(text, "Results"), "spiralformer-l")
     assert [cell for found in row.values() for cell in found] == [
         "spiralformer-l",
         "4+4x{1/16,1/8,1/4,1/2}+4",
-        "0.002",
-        *("1,234,567", "234,567", "2,097,152", "1.23e13", "7,654,321", "1,472", "5.75", "3"),
+        *("234,567", "1.23e13", "0.002", "3"),
         # The mean of 2.150, 2.160 and 2.154; their standard deviation is 0.00503.
         *("2.1547 ± 0.0029", "2.5547 ± 0.0029"),
+    ]
+    row = cells(section(text, "Costs"), "spiralformer-l")
+    assert [cell for found in row.values() for cell in found] == [
+        "spiralformer-l",
+        *("1,234,567", "2,097,152", "7,654,321", "1,472", "5.75"),
     ]
 
 
@@ -256,7 +263,7 @@ def test_ablations_take_one_rate_and_keep_their_own_costs():
     for line in lines:
         line["parameters"] = 1000 if line["model"] == "anchor" else 2000
     text = write(ablations(), lines)
-    assert cells(section(text, "Results"), "anchor")["parameters"] == ["1,000"]
+    assert cells(section(text, "Costs"), "anchor")["parameters"] == ["1,000"]
     assert cells(section(text, "Results"), "anchor")["learning rate"] == ["0.004"]
     assert cells(section(text, "Results"), "fine-to-coarse")["layers"] == ["2+4x{1,1/2,1/4,1/8}+2"]
     row = cells(section(text, "To `published`"), "fine-to-coarse")
@@ -466,3 +473,10 @@ def test_a_check_names_the_files_that_are_out_of_date(arguments, tmp_path):
 
 def test_the_reports_of_the_docs_are_those_of_their_lines():
     report.main(report.ReportArguments(check=True))
+
+
+def test_readme_holds_the_table_of_the_main_comparison():
+    lines = read_lines(report.ROOT / "docs" / "results" / "runs.jsonl")
+    experiment = load_experiment(report.ROOT / "scripts" / "experiments" / "main_small.yaml")
+    table = report_tables.results_table(ExperimentResults.gather(experiment, lines))
+    assert table in (report.ROOT / "README.md").read_text(encoding="utf-8")
