@@ -8,6 +8,7 @@ Can be killed at any moment and started again: finished runs are skipped, others
 
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,6 +31,7 @@ from training_data import load_file
 from transformers import HfArgumentParser
 
 TERA = 1e12
+CODE = ("modeling_spiralformer", "scripts", "setup.py", "constraints.txt")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} TFLOP, {elapsed} gone, {remaining} left"
 
 
@@ -81,31 +83,34 @@ def report_flops(flops: float) -> None:
         flops_done.value += flops
 
 
-def work(run: Run, data_dir: Path, runs_dir: Path, tokenizer: Path) -> dict:
+def work(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path) -> dict:
     """What a worker does for one run."""
-    return train_run(run, data_dir, runs_dir, tokenizer, report_flops)
+    return train_run(run, data_dir, runs_folder, tokenizer, report_flops)
 
 
 # -- in the runner's process ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def only_runner(runs_dir: Path):
-    """Holds the folder: two runners would train the same runs. The lock ends with the process, however it ends."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    with open(runs_dir / "lock", "w") as lock:
+def held(name: str, path: Path):
+    """Holds a file for one runner: two would train the same runs. The lock ends with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"`runs_dir` must not be in use, but another runner works in {runs_dir}.") from error
+            raise ValueError(f"`{name}` must not be in use, but another runner works with {path}.") from error
         yield
 
 
 def current_commit() -> str:
-    """The commit of the code, with "-dirty" where a tracked file differs from it; "unknown" outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
+    """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
@@ -128,14 +133,16 @@ def check_same_text(text: dict, lines: list[dict], experiment: Experiment) -> No
             )
 
 
-def make_tokenizer(experiment: Experiment, text: dict, data_dir: Path, runs_dir: Path) -> Path:
+def make_tokenizer(experiment: Experiment, data_dir: Path, folder: Path) -> Path:
     """A byte-level BPE of `vocab_size` ids, trained on the training text; 259 ids are the bytes alone."""
-    folder = runs_dir / "tokenizers" / f"{text['train']['sha256'][:16]}-{experiment.vocab_size}"
-    if not (folder / "tokenizer_config.json").exists():  # written last
-        documents = load_file("train", str(data_dir / text["train"]["file"]))["text"]
-        tokenizer = train_tokenizer(list(documents), experiment.vocab_size)
-        save_tokenizer(tokenizer, folder, model_max_length=experiment.block_size)
-    return folder
+    tokenizer = folder / f"tokenizer-{experiment.vocab_size}"
+    if not tokenizer.exists():
+        documents = load_file("train", str(data_dir / experiment.text["train"]))["text"]
+        unfinished = tokenizer.with_name(f"{tokenizer.name}.unfinished")
+        trained = train_tokenizer(list(documents), experiment.vocab_size)
+        save_tokenizer(trained, unfinished, model_max_length=experiment.block_size)
+        unfinished.rename(tokenizer)
+    return tokenizer
 
 
 class Runner:
@@ -146,24 +153,34 @@ class Runner:
         self.data_dir, self.runs_dir = Path(arguments.data_dir), Path(arguments.runs_dir)
         self.path, self.workers = Path(arguments.lines), arguments.workers
         self.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
-        self.origin = machine(torch.device("cpu")) | {"workers": self.workers, "threads": self.threads}
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.origin = machine(device) | {"workers": self.workers, "threads": self.threads}
         self.origin["commit"] = current_commit()
         self.lines = read_lines(self.path)
         self.text = {item.name: describe_text(item, self.data_dir) for item in experiments}
-        self.tokenizers = {}
         for item in experiments:
             check_same_text(self.text[item.name], self.lines, item)
-            text = self.text[item.name]
-            self.tokenizers[item.name] = make_tokenizer(item, text, self.data_dir, self.runs_dir)
 
-    def pending(self) -> tuple[dict[str, Run], list[Run]]:
-        """Runs that can start, by key, in order and each once, and those that wait for a sweep."""
-        ready, waiting = {}, []
+    def folder(self, experiment: str) -> Path:
+        """Where its runs are kept: one folder for each text, told by its digests, so that none goes on on another."""
+        text = json.dumps(self.text[experiment], sort_keys=True)
+        return self.runs_dir / hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def pending(self) -> tuple[dict[str, Run], dict[str, Run]]:
+        """Runs that can start, and those that wait for a sweep, by key, in order and each once."""
+        ready, waiting = {}, {}
         for experiment in self.experiments:
             starting, later = experiment.pending(self.lines)
             ready |= {run.key: run for run in starting if run.key not in ready}
-            waiting += later
-        return ready, waiting
+            waiting |= {run.key: run for run in later}
+        return ready, {key: run for key, run in waiting.items() if key not in ready}
+
+    def start(self, pool: ProcessPoolExecutor, run: Run) -> Future:
+        """Hands a run to a worker."""
+        experiment = next(item for item in self.experiments if item.name == run.experiment)
+        folder = self.folder(run.experiment)
+        tokenizer = make_tokenizer(experiment, self.data_dir, folder)
+        return pool.submit(work, run, self.data_dir, folder, tokenizer)
 
     def finish(self, run: Run, results: dict) -> None:
         """Writes the line of a run."""
@@ -187,7 +204,7 @@ class Runner:
         self.lines.append(line)
 
     def run(self) -> None:
-        """Until nothing is left. The first run that fails ends it, after those beside it have ended."""
+        """Until nothing is left. After the first run that fails no other starts; those beside it end first."""
         context = multiprocessing.get_context("spawn")
         shared = context.Value("d", 0.0)
         with (
@@ -195,27 +212,37 @@ class Runner:
             ProcessPoolExecutor(self.workers, context, start_worker, (shared, self.threads)) as pool,
         ):
             active: dict[Future, Run] = {}
-            finished = 0
+            finished, failure = 0, None
             while True:
                 ready, waiting = self.pending()
-                progress.total = (finished + sum(run.flops for run in (*ready.values(), *waiting))) / TERA
+                progress.total = (finished + sum(run.flops for run in (ready | waiting).values())) / TERA
                 progress.set_description_str(f"{len(ready) + len(waiting)} runs left")
                 running = {run.key for run in active.values()}
-                for key in [key for key in ready if key not in running][: self.workers - len(active)]:
-                    run = ready[key]
-                    tokenizer = self.tokenizers[run.experiment]
-                    active[pool.submit(work, run, self.data_dir, self.runs_dir, tokenizer)] = run
+                free = 0 if failure else self.workers - len(active)
+                for run in [run for key, run in ready.items() if key not in running][:free]:
+                    active[self.start(pool, run)] = run
                 if not active:
-                    return
+                    break
                 ended = set()
                 while not ended:
                     ended, _ = wait(active, timeout=1, return_when=FIRST_COMPLETED)
                     progress.update(shared.value / TERA - progress.n)
                 for future in ended:
                     run = active.pop(future)
+                    if future.exception() is not None:
+                        failure = failure or (run, future.exception())
+                        continue
                     self.finish(run, future.result())
                     finished += run.flops
                     tqdm.write(describe(self.lines[-1]))
+        if failure:
+            run, error = failure
+            where = (
+                f"{run.experiment}: {run.model}, seed {run.settings['seed']}, rate {run.settings['learning_rate']:g}"
+            )
+            raise RuntimeError(
+                f"{where} failed; started again, the runner goes on from its last checkpoint"
+            ) from error
 
 
 def describe(line: dict) -> str:
@@ -230,7 +257,7 @@ def describe(line: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(ExperimentArguments)
     (arguments,) = parser.parse_args_into_dataclasses(argv)
-    with only_runner(Path(arguments.runs_dir)):
+    with held("runs_dir", Path(arguments.runs_dir) / "lock"), held("lines", Path(arguments.lines)):
         torn = drop_torn_line(arguments.lines)
         if torn:
             print(f"cut off, a line that was not written to its end: {torn[:80]!r}...")

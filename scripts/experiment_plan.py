@@ -18,12 +18,13 @@ from modeling_spiralformer import SpiralFormerConfig
 
 REPORTS = ("table", "ablations", "ratio")
 TEXTS = ("train", "validation", "foreign")
-# The runner sets these itself, from the plan, or so that a killed run can go on; the last would change the batch.
+# The runner sets these itself, from the plan, or so that a killed run can go on and every step is alike.
 RESERVED = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "seed", "data_seed"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
-    *("dataloader_pin_memory", "auto_find_batch_size"),
+    *("dataloader_pin_memory", "dataloader_drop_last", "auto_find_batch_size", "do_train", "do_eval", "push_to_hub"),
+    *("save_only_model", "ignore_data_skip", "load_best_model_at_end"),
 }
 
 
@@ -84,7 +85,7 @@ class Experiment:
                 raise ValueError(f"`{name}` must be a list of different {kind.__name__} values, but got {values!r}.")
         self._check_training()
         for name in self.models:
-            self.model_config(name)
+            self.run(name, self.seeds[0], self.learning_rates[0])  # refuses a bad budget too
 
     def _check_training(self):
         allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - RESERVED
@@ -95,9 +96,9 @@ class Experiment:
                     f"but got {name!r}."
                 )
         parts = self.training.get("gradient_accumulation_steps", 1)
-        if self.batch_size % parts:
+        if type(parts) is not int or parts < 1 or self.batch_size % parts:
             raise ValueError(
-                f"`batch_size` must be a multiple of {parts} accumulated steps, but got {self.batch_size}."
+                f"`gradient_accumulation_steps` must divide batch_size {self.batch_size}, but got {parts!r}."
             )
 
     def _check_names(self):

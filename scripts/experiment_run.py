@@ -54,20 +54,23 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
     """The settings of the Trainer; equal seeds give equal batches in equal order, whatever the model."""
     settings = run.settings
     steps = settings["steps"]
+    logging_steps = max(1, steps // LOGGED_POINTS)
     parts = settings["training"].get("gradient_accumulation_steps", 1)
     arguments = SpiralTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings["batch_size"] // parts,
-        per_device_eval_batch_size=settings["batch_size"],
+        per_device_eval_batch_size=settings["batch_size"] // parts,
+        dataloader_drop_last=True,  # every step has as many tokens
         learning_rate=settings["learning_rate"],
         seed=settings["seed"],
         data_seed=settings["seed"],
-        logging_steps=max(1, steps // LOGGED_POINTS),
+        logging_steps=logging_steps,
         eval_strategy="steps",
         eval_steps=max(1, steps // EVALUATED_POINTS),
         save_strategy="steps",
-        save_steps=max(1, steps // CHECKPOINTS),
+        # Where a loss is logged: its mean since the last point would otherwise start anew in a resumed run.
+        save_steps=logging_steps * max(1, steps // logging_steps // CHECKPOINTS),
         save_total_limit=1,
         resume_from_checkpoint=last_whole_checkpoint(folder),
         dataloader_pin_memory=torch.accelerator.is_available(),
@@ -113,19 +116,20 @@ def curve(history: list[dict], key: str, tokens_per_step: int) -> list[list]:
     return [[entry["step"] * tokens_per_step, finite(entry[key])] for entry in history if key in entry]
 
 
-def train_run(run: Run, data_dir: Path, runs_dir: Path, tokenizer: Path, report: Callable[[float], None]) -> dict:
+def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, report: Callable[[float], None]) -> dict:
     """
-    Trains and evaluates one run in `runs_dir/<key>`, where the model stays, and returns its results.
+    Trains and evaluates one run in `runs_folder/<key>`, where the model stays, and returns its results.
 
     Args:
         data_dir: where the files of the run's text are.
+        runs_folder: where runs on this text are.
         tokenizer: folder of the tokenizer.
         report: is told the FLOPs of each step.
     """
     started, settings = time.time(), run.settings
     datasets.disable_progress_bars()
     library_logging.disable_progress_bar()
-    folder = runs_dir / run.key
+    folder = runs_folder / run.key
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "start"
     configuration.mkdir(exist_ok=True)

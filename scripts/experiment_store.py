@@ -29,11 +29,22 @@ def append_line(path: str | Path, line: dict) -> None:
 
 
 def drop_torn_line(path: str | Path) -> str:
-    """Cuts off a last line that a kill left without its end, and returns it; "" where there is none."""
+    """
+    Cuts off a last line that a kill left without its end, and returns it; "" where there is none. A line that lacks
+    nothing but its newline gets one.
+    """
     if not Path(path).exists():
         return ""
     content = Path(path).read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    torn = content[whole:].decode("utf-8", errors="replace")
+    if not torn:
+        return ""
+    try:
+        json.loads(torn)
+    except json.JSONDecodeError:
         os.truncate(path, whole)
-    return content[whole:].decode("utf-8", errors="replace")
+        return torn
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n")
+    return ""

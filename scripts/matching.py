@@ -54,12 +54,13 @@ def match_steps(budget: dict[str, float], tokens_per_step: int, flops_per_step: 
 
     Raises ValueError for another budget, or one that is no whole number of steps of tokens or less than one step.
     """
-    if list(budget) == ["tokens"]:
+    numbers = isinstance(budget, dict) and all(type(value) in (int, float) for value in budget.values())
+    if not numbers or list(budget) not in (["tokens"], ["flops"]):
+        raise ValueError(f"`budget` must hold a number, either of `tokens` or of `flops`, but got {budget!r}.")
+    if "tokens" in budget:
         if budget["tokens"] % tokens_per_step or budget["tokens"] < tokens_per_step:
             raise ValueError(f"`budget` must be a multiple of {tokens_per_step} tokens, but got {budget['tokens']}.")
         return int(budget["tokens"]) // tokens_per_step
-    if list(budget) != ["flops"]:
-        raise ValueError(f"`budget` must hold either `tokens` or `flops`, but got {budget}.")
     steps = round(budget["flops"] / flops_per_step)
     if steps < 1:
         raise ValueError(f"`budget` must be at least {flops_per_step} FLOPs, one step, but got {budget['flops']}.")

@@ -53,13 +53,16 @@ def probe(arguments: ProbeArguments) -> dict:
         check_length(config, length)
     text = Path(arguments.text).read_text(encoding="utf-8")
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    results = {"text": arguments.text, "sequences": arguments.sequences, "length": length, "models": {}}
+    results = {"text": Path(arguments.text).name, "sequences": arguments.sequences, "length": length, "models": {}}
     for role, config in configs.items():
         tokenizer = AutoTokenizer.from_pretrained(paths[role])
         check_tokenizer(tokenizer, config)
         sequences = cut_text(text, tokenizer, arguments.sequences, length)
         model = load_model(paths[role], config).to(device)
-        results["models"][role] = {"checkpoint": paths[role], **collect(model, sequences, arguments.batch_size)}
+        results["models"][role] = {
+            "checkpoint": Path(paths[role]).name,
+            **collect(model, sequences, arguments.batch_size),
+        }
     return results
 
 

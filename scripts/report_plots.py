@@ -158,7 +158,7 @@ def draw_curves(results: ExperimentResults, path: Path) -> None:
 
 
 def draw_ablations(results: ExperimentResults, path: Path) -> None:
-    """Differences to the reference on both texts: mean, pooled interval, and each pair of runs as a small mark."""
+    """Differences to the reference on both texts: mean, 95% interval, and each pair of runs as a small mark."""
     rows = [model.name for model in results.measured if model.name != results.reference]
     figure, panels = new_figure(9.5, 1.6 + 0.42 * len(rows), 2, sharey=True)
     colour = style_of(results.reference)[0]
@@ -212,7 +212,7 @@ def pictures(results: ExperimentResults) -> list[Picture]:
     if results.report == "ablations":
         if not results.compare("validation").differences:
             return []
-        shows = f"Differences to {results.reference}: mean, pooled 95% interval, each pair of runs as a small mark"
+        shows = f"Differences to {results.reference}: mean, 95% interval, each pair of runs as a small mark"
         return [Picture(f"{name}.png", shows, lambda path: draw_ablations(results, path))]
     costs = "Bits per byte on validation text over training FLOPs and over non-embedding parameters"
     curves = (

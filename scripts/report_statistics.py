@@ -1,15 +1,18 @@
-"""The statistics of the reports: means over seeds, paired differences, one pooled interval for a whole experiment.
+"""The statistics of the reports: means over seeds, paired differences, one interval for a whole experiment.
 
 Seeds make pairs: a seed fixes the order of the training text for every model, so a difference is taken within a seed
-before anything is averaged. Few seeds tell little about the spread of one row, so all rows of an experiment share one
-standard deviation of paired differences, as in a one-way analysis of variance.
+before anything is averaged. Few seeds tell little about the spread of one row, so a table has one standard deviation,
+that of a run around the sum of a model's effect and a seed's (a two-way analysis of variance without interaction). The
+reference is one of the models there, not a constant: its own noise is in every row.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -35,57 +38,71 @@ class Mean:
 @dataclass(frozen=True)
 class Comparison:
     """
-    Differences of every other model to the reference: model -> seed -> difference, same seed minus same seed.
-
-    Models without a seed in common with the reference are left out.
+    Every other model beside the reference. `values` are model -> seed -> value, the reference among them, at the seeds
+    that a model shares with it; models without such a seed are left out.
     """
 
     reference: str
-    differences: dict[str, dict[int, float]]
+    values: dict[str, dict[int, float]]
 
     @classmethod
     def of(cls, values: dict[str, dict[int, float]], reference: str) -> "Comparison":
         """From model -> seed -> value; without values of the reference there is nothing to compare."""
         base = values.get(reference, {})
-        differences = {}
-        for name, found in values.items():
-            paired = {seed: found[seed] - base[seed] for seed in sorted(found) if seed in base}
-            if name != reference and paired:
-                differences[name] = paired
-        return cls(reference, differences)
+        shared = {
+            name: {seed: found[seed] for seed in sorted(found) if seed in base} for name, found in values.items()
+        }
+        return cls(reference, {name: found for name, found in shared.items() if found})
+
+    @property
+    def differences(self) -> dict[str, dict[int, float]]:
+        """Model -> seed -> difference to the reference, same seed minus same seed."""
+        base = self.values.get(self.reference, {})
+        return {
+            name: {seed: value - base[seed] for seed, value in found.items()}
+            for name, found in self.values.items()
+            if name != self.reference
+        }
 
     def mean(self, name: str) -> Mean | None:
         """Mean difference of one model with the standard error of its own seeds; None without a pair."""
         found = self.differences.get(name)
         return Mean.of(found.values()) if found else None
 
+    @functools.cached_property
+    def spread(self) -> tuple[float, int]:
+        """Sum of squares that a model's effect and a seed's leave over, and its degrees of freedom."""
+        runs = [(name, seed, value) for name, found in self.values.items() for seed, value in found.items()]
+        if not runs:
+            return 0.0, 0
+        names, seeds, values = (list(column) for column in zip(*runs, strict=True))
+        effects = [*(np.equal(names, name) for name in self.values), *(np.equal(seeds, seed) for seed in set(seeds))]
+        design = np.stack(effects, axis=1).astype(float)
+        fitted, _, rank, _ = np.linalg.lstsq(design, np.array(values))
+        return float(np.sum((values - design @ fitted) ** 2)), len(values) - int(rank)
+
     @property
     def degrees_of_freedom(self) -> int:
-        """Sum of n - 1 over the models."""
-        return sum(len(found) - 1 for found in self.differences.values())
+        """Runs less effects: (models - 1) (seeds - 1) where all have run."""
+        return self.spread[1]
 
     @property
-    def pooled_deviation(self) -> float | None:
-        """Standard deviation of a paired difference around its model's mean; None without a degree of freedom."""
-        if not self.degrees_of_freedom:
-            return None
-        squares = 0.0
-        for found in self.differences.values():
-            mean = statistics.fmean(found.values())
-            squares += sum((value - mean) ** 2 for value in found.values())
-        return math.sqrt(squares / self.degrees_of_freedom)
+    def run_deviation(self) -> float | None:
+        """Standard deviation of a run around its model's and its seed's effect; None without a degree of freedom."""
+        squares, freedom = self.spread
+        return math.sqrt(squares / freedom) if freedom else None
 
     def half_width(self, count: int) -> float | None:
-        """Half of the pooled 95% interval of a mean over `count` seeds: the smallest difference that is resolved."""
-        if self.pooled_deviation is None:
+        """Half of the 95% interval of a mean difference over `count` seeds: the smallest one that is resolved."""
+        if self.run_deviation is None:
             return None
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees_of_freedom)
-        return float(quantile) * self.pooled_deviation / math.sqrt(count)
+        return float(quantile) * self.run_deviation * math.sqrt(2 / count)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """The pooled 95% interval of one model's mean difference."""
+        """The 95% interval of one model's mean difference."""
         mean = self.mean(name)
-        if mean is None or self.pooled_deviation is None:
+        if mean is None or self.run_deviation is None:
             return None
         half = self.half_width(mean.count)
         return mean.mean - half, mean.mean + half

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Sequence
 
 from published import ABLATIONS, BEST_RECURRENCE_RATIOS, PERPLEXITIES
 from report_results import ExperimentResults, ModelResults
-from report_statistics import Comparison, Mean
+from report_statistics import HIGHER, Comparison, Mean
 from tables import format_schedule, markdown_table
 
 NOTHING, DIVERGED = "-", "diverged"
 # What the paper reports beside the models of each kind of report: where -> model -> perplexity on the Pile.
 PAPER = {"table": PERPLEXITIES, "ablations": {"410M": ABLATIONS}, "ratio": {}}
 COSTS = (
-    "Counted, not timed: FLOPs, two per multiply-add, attention as the full square, here of a prefill of one block; "
+    "Counted, not timed: FLOPs, two per multiply-add, attention as the full square, here of a prefill of one block "
+    "with the head on its last token; "
     "bytes of the cache in float32 after a block; layer calls of an average decode step."
 )
 
@@ -194,15 +195,16 @@ def difference_table(results: ExperimentResults, reference: str) -> str:
 
 def resolution(comparison: Comparison, text: str) -> str:
     """How large a difference has to be seen before it counts."""
-    deviation = comparison.pooled_deviation
+    deviation = comparison.run_deviation
     if deviation is None:
         return f"On {text} text no interval can be given: that takes two pairs of runs of one model."
     counts = sorted({len(found) for found in comparison.differences.values()})
     sizes = " and ".join(f"{comparison.half_width(count):.4f} with {count}" for count in counts)
     return (
-        f"On {text} text the pooled standard deviation of a difference to `{comparison.reference}` is {deviation:.4f} "
-        f"({comparison.degrees_of_freedom} degrees of freedom): what is seen beyond {sizes} pairs is resolved. A "
-        "difference that is really of this size would be so in half of such experiments only."
+        f"On {text} text the standard deviation of a run, the means of its model and its seed taken out, is "
+        f"{deviation:.4f} ({comparison.degrees_of_freedom} degrees of freedom): a difference seen to `"
+        f"{comparison.reference}` beyond {sizes} pairs is resolved. One that is really of this size would be so in "
+        "half of such experiments only."
     )
 
 
@@ -211,12 +213,15 @@ def differences(results: ExperimentResults) -> str:
     text = (
         "Bits per byte of a model minus those of the reference with the same seed; below 0 is better. Mean ± standard "
         "error of the row's own pairs. The 95% intervals are of Student's t, with one standard deviation for a whole "
-        "table. They hold for each row by itself: of twenty differences that are really 0, one is expected outside."
+        "table. They hold for each row by itself: of twenty differences that are really 0, one is expected outside. "
+        "Where a rate was swept, it was chosen on the first seed's validation text, so that a validation mean is a "
+        "little too low; the foreign text chose nothing."
     )
     if PAPER[results.report]:
         text += (
             "\n\nThe paper's change is ln(perplexity / the reference's) on the Pile, in nats per token: its sign "
-            'compares, its size does not. "Reproduces" and "opposite": the interval lies on the paper\'s side of 0, '
+            "compares, its size does not; 0.001 is its last digit. "
+            '"Reproduces" and "opposite": the interval lies on the paper\'s side of 0, '
             'or on the other. "Lower" and "higher": so it lies, and the paper has no such model, or both signs.'
         )
     parts = [text]
@@ -257,7 +262,7 @@ def lowest_ratio(results: ExperimentResults) -> str:
         return "No ratio has a mean yet."
     lowest = min(results.measured, key=lambda model: model.mean("validation").mean)
     comparison = results.compare("validation", lowest.name)
-    resolved = [name for name in comparison.differences if comparison.verdict(name) == "higher"]
+    resolved = [name for name in comparison.differences if comparison.verdict(name) == HIGHER]
     low, high = BEST_RECURRENCE_RATIOS
     inside = "within" if low <= lowest.recurrence_ratio <= high else "outside"
     parts = [

@@ -72,7 +72,7 @@ def line_of(run, validation: float | None) -> dict:
 def test_committed_experiments_are_matched(path):
     """Models of an experiment train on equal tokens, and those with a target hold it within half a unit."""
     plan = load_experiment(path)
-    tokens, targets = set(), {}
+    tokens, targets = set(), set()
     for name, entry in plan.models.items():
         settings = plan.run(name, plan.seeds[0], plan.learning_rates[0]).settings
         tokens.add(settings["steps"] * settings["batch_size"] * settings["block_size"])
@@ -80,9 +80,13 @@ def test_committed_experiments_are_matched(path):
         if target is not None:
             config = plan.model_config(name)
             assert abs(count_parameters(config)[1] - target) <= parameters_per_unit(config) / 2
-            targets.setdefault(target, name)
+            targets.add(target)
     assert tokens == {plan.budget["tokens"]}
-    assert targets and len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
+    for name in plan.models:  # those without a target are what the others are matched to
+        config = plan.model_config(name)
+        count = count_parameters(config)[1]
+        assert min(abs(count - target) for target in targets) <= parameters_per_unit(config) / 2, name
+    assert len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
 
 
 def test_the_published_row_and_ratio_0_are_runs_of_the_main_comparison():
@@ -123,11 +127,15 @@ def test_a_key_hangs_on_everything_that_decides_a_run():
         ({"seeds": []}, "seeds"),
         ({"learning_rates": ["1e-3"]}, "learning_rates"),
         ({"training": {"learning_rate": 1e-3}}, "learning_rate"),
-        ({"training": {"gradient_accumulation_steps": 3}}, "batch_size"),
+        ({"training": {"gradient_accumulation_steps": 3}}, "gradient_accumulation_steps"),
         ({"training": {"wheight_decay": 1e-3}}, "wheight_decay"),
         ({"models": {"plain": {"layers": 3}}}, "layers"),
         ({"models": {"plain": {"chunk_sizes": [0]}}}, "chunk_sizes"),
         ({"models": {"plain": {"non_embedding_parameters": 10}}}, "non_embedding_parameters"),
+        ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps"),
+        ({"training": {"save_only_model": True}}, "save_only_model"),
+        ({"budget": {"hours": 1}}, "budget"),
+        ({"budget": {"flops": "1e9"}}, "budget"),
         ({"unknown": 1}, "unknown"),
     ],
 )
@@ -214,7 +222,16 @@ def test_parameters_are_counted_without_embedding_and_head():
 def test_budgets_are_met():
     assert match_steps({"tokens": 640}, tokens_per_step=64, flops_per_step=5) == 10
     assert match_steps({"flops": 1e6}, tokens_per_step=64, flops_per_step=3e4) == 33
-    for budget in ({"tokens": 650}, {"tokens": 0}, {"flops": 1.0}, {"hours": 1}, {"tokens": 64, "flops": 1e6}, {}):
+    for budget in (
+        None,
+        {"flops": "1e6"},
+        {"tokens": 650},
+        {"tokens": 0},
+        {"flops": 1.0},
+        {"hours": 1},
+        {"tokens": 64, "flops": 1e6},
+        {},
+    ):
         with pytest.raises(ValueError, match="budget"):
             match_steps(budget, tokens_per_step=64, flops_per_step=30000)
 
@@ -261,6 +278,10 @@ def test_lines_outlive_a_kill_in_the_middle_of_one(tmp_path):
     with pytest.raises(ValueError):
         append_line(path, {"loss": float("nan")})
     assert len(read_lines(path)) == 2
+    path.write_text(path.read_text().rstrip("\n"))  # an editor took the last newline, and nothing else
+    assert drop_torn_line(path) == "" and len(read_lines(path)) == 2
+    append_line(path, {"key": "c"})
+    assert [line["key"] for line in read_lines(path)] == ["a", "b", "c"]
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

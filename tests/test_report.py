@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import report
 import report_plots
@@ -122,7 +123,7 @@ def test_a_diverged_model_has_no_mean_and_no_part_in_the_intervals():
     assert row["seeds"] == ["3"] and row["bits per byte, validation"] == row["foreign"] == ["diverged"]
     assert cells(section(text, "To `gpt-neox`"), "looped-anchor")["pairs"] == ["0"]
     deviations = [
-        ExperimentResults.gather(main_experiment(), lines).compare("foreign").pooled_deviation
+        ExperimentResults.gather(main_experiment(), lines).compare("foreign").run_deviation
         for lines in (whole, without, diverged)
     ]
     assert deviations[1] == deviations[2] != deviations[0]
@@ -199,10 +200,12 @@ def test_differences_and_verdicts_stand_beside_the_papers():
     }
     assert cells(text, "gpt-neox-mesh")["paper, 160M"] == ["-"]
     assert "| gpt-neox |" not in text
-    # Squares of the differences around their means, in 1e-6: 2, 2, 2/3, 2/3 and 2/3; 10 degrees of freedom.
-    deviation = math.sqrt(6e-6 / 10)
+    # What is left of each run when the means of its model and of its seed are taken out.
+    bits = np.array(list(MAIN_BITS.values()))
+    left = bits - bits.mean(axis=1, keepdims=True) - bits.mean(axis=0) + bits.mean()
+    deviation = math.sqrt((left**2).sum() / 10)
     assert f"is {deviation:.4f} (10 degrees of freedom)" in text
-    assert f"beyond {2.228139 * deviation / math.sqrt(3):.4f} with 3 pairs" in text
+    assert f"beyond {2.228139 * deviation * math.sqrt(2 / 3):.4f} with 3 pairs" in text
 
 
 def test_every_reference_has_a_table_of_its_own():
@@ -210,7 +213,7 @@ def test_every_reference_has_a_table_of_its_own():
     row = cells(text, "spiralformer-b")
     assert row["validation"] == ["-0.0293 ± 0.0003"] and row["verdict, validation"] == [REPRODUCES]
     assert row["paper, 160M"] == ["-0.0297"]  # ln(11.29 / 11.63)
-    assert "| looped-anchor |" not in text and "difference to `looped-anchor`" in text
+    assert "| looped-anchor |" not in text and "difference seen to `looped-anchor` beyond" in text
 
 
 def test_sizes_are_connected_only_where_they_saw_equally_many_tokens():
