@@ -346,6 +346,22 @@ def test_a_seed_gives_all_models_the_same_batches(data_dir, tokenizer, tmp_path,
     assert seen["plain", 0] == seen["spiral", 0] != seen["spiral", 1]
 
 
+def test_every_step_is_whole_and_every_evaluation_too(data_dir, tokenizer, tmp_path, monkeypatch):
+    """Over several passes, whose rest of one block fills no batch; an evaluation of five blocks in batches of two."""
+    (data_dir / "train.txt").write_text("0123456789 " * 21)  # 231 bytes and an end of text: 7 blocks of 32
+    rows = {True: [], False: []}
+    forward = torch.nn.Embedding.forward
+
+    def record(module, ids):
+        rows[module.training].append(len(ids))
+        return forward(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", record)
+    train_run(experiment(evaluation_blocks=5).run("plain", 0, 1e-3), data_dir, tmp_path, tokenizer, [].append)
+    assert rows[True] == [2] * 8
+    assert rows[False][-6:] == [2, 2, 1] * 2
+
+
 def test_accumulated_steps_keep_the_batch_and_other_devices_do_not(tmp_path, monkeypatch):
     arguments = training_arguments(
         experiment(training={"gradient_accumulation_steps": 2}).run("plain", 0, 1e-3), tmp_path
