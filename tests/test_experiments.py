@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documents import commands
 from experiment_plan import Experiment, load_experiment
 from experiment_run import last_whole_checkpoint, train_run, training_arguments
 from experiment_store import append_line, drop_torn_line, read_lines
@@ -87,6 +88,16 @@ def test_committed_experiments_are_matched(path):
         count = count_parameters(config)[1]
         assert min(abs(count - target) for target in targets) <= parameters_per_unit(config) / 2, name
     assert len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
+
+
+def test_the_commands_of_the_page_take_every_experiment_and_every_line():
+    """Not carried out: they take hours. The reports themselves are checked in test_report.py."""
+    run, report = commands("docs/experiments.md")
+    assert report == "make results"
+    dry = subprocess.run([*run.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"scripts/experiments/{path.name}" in dry for path in EXPERIMENTS) and '--data_dir "data"' in dry
+    dry = subprocess.run([*report.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "scripts/report.py" in dry
 
 
 def test_the_published_row_and_ratio_0_are_runs_of_the_main_comparison():
