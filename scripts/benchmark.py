@@ -30,11 +30,12 @@ from benchmark_workloads import (
     training_peak_bytes,
 )
 from tqdm import tqdm
+from training_arguments import ROOT, check_counts
 from transformers import HfArgumentParser, PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
 # Columns of left padding of a ragged batch, repeated where it has more rows: many phases of every level.
 PADDING = (0, 3, 7, 12, 17, 22, 30, 41)
+CODE = ("modeling_spiralformer", "scripts", "setup.py", "constraints.txt")
 FLOORED = (PLAIN, "spiralformer-b", "spiralformer-l")
 
 
@@ -49,10 +50,7 @@ class BenchmarkArguments:
     output: str = field(default="runs/benchmark.json", metadata={"help": "Where the samples go."})
 
     def __post_init__(self):
-        for name in ("repeats", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+        check_counts(self, "repeats", "threads")
 
 
 @dataclass(frozen=True)
@@ -195,9 +193,18 @@ def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
     return {"grid": asdict(grid), "counts": counts, "training_peak_bytes": peaks, "samples": samples}
 
 
+def current_commit() -> str:
+    """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
 def machine(device: torch.device) -> dict:
     """What the figures were measured on and with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cores": os.cpu_count(),
@@ -206,7 +213,7 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": current_commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

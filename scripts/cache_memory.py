@@ -69,11 +69,15 @@ def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
     }
 
 
+def layer_equivalents(config: SpiralFormerConfig) -> float:
+    """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
+    reads = sum(1 / size for size in config.chunk_sizes)
+    return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * reads
+
+
 def formula_bytes(config: SpiralFormerConfig, length: int, batch: int, itemsize: int) -> float:
     """2 d itemsize (N_pre + N_post + N_core sum 1 / g) per token and row: what the method promises."""
-    layers = config.num_prelude_layers + config.num_coda_layers
-    layers += config.num_core_layers * sum(1 / size for size in config.chunk_sizes)
-    return batch * length * 2 * config.hidden_size * itemsize * layers
+    return batch * length * 2 * config.hidden_size * itemsize * layer_equivalents(config)
 
 
 def draw(measured: dict[str, dict[str, int]], title: str, path: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import torch
 from checkpoints import check_tokenizer, load_config, load_model
-from training_arguments import ROOT
+from training_arguments import ROOT, check_counts
 from training_data import load_file
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,10 +47,7 @@ class EvaluationArguments:
         self.tokenizer_name = self.tokenizer_name or self.model_name_or_path
         if not self.text_files and self.lambada_folder is None:
             raise ValueError("`text_files` or `lambada_folder` must be given, but got neither.")
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+        check_counts(self, "batch_size", "limit")
 
 
 def choose_window(window: int | None, longest: int) -> int:

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import subprocess
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -26,12 +25,11 @@ from experiment_run import train_run
 from experiment_store import append_line, drop_torn_line, read_lines
 from tqdm import tqdm
 from train_tokenizer import save_tokenizer, train_tokenizer
-from training_arguments import ROOT
+from training_arguments import ROOT, check_counts
 from training_data import load_file
 from transformers import HfArgumentParser
 
 TERA = 1e12
-CODE = ("modeling_spiralformer", "scripts", "setup.py", "constraints.txt")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} TFLOP, {elapsed} gone, {remaining} left"
 
 
@@ -53,10 +51,7 @@ class ExperimentArguments:
     )
 
     def __post_init__(self):
-        for name in ("workers", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+        check_counts(self, "workers", "threads")
 
 
 # -- in a worker's process ------------------------------------------------------------------------------------------
@@ -103,16 +98,6 @@ def held(name: str, path: Path):
         yield
 
 
-def current_commit() -> str:
-    """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
     """File name and SHA-256 of each text of an experiment. Raises FileNotFoundError where one is missing."""
     described = {}
@@ -149,13 +134,12 @@ class Runner:
     """Starts the runs of several experiments as their sweeps allow, and writes a line for each that has ended."""
 
     def __init__(self, experiments: list[Experiment], arguments: ExperimentArguments):
-        self.experiments = experiments
+        self.experiments = {item.name: item for item in experiments}
         self.data_dir, self.runs_dir = Path(arguments.data_dir), Path(arguments.runs_dir)
         self.path, self.workers = Path(arguments.lines), arguments.workers
         self.threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.origin = machine(device) | {"workers": self.workers, "threads": self.threads}
-        self.origin["commit"] = current_commit()
         self.lines = read_lines(self.path)
         self.text = {item.name: describe_text(item, self.data_dir) for item in experiments}
         for item in experiments:
@@ -169,7 +153,7 @@ class Runner:
     def pending(self) -> tuple[dict[str, Run], dict[str, Run]]:
         """Runs that can start, and those that wait for a sweep, by key, in order and each once."""
         ready, waiting = {}, {}
-        for experiment in self.experiments:
+        for experiment in self.experiments.values():
             starting, later = experiment.pending(self.lines)
             ready |= {run.key: run for run in starting if run.key not in ready}
             waiting |= {run.key: run for run in later}
@@ -177,14 +161,12 @@ class Runner:
 
     def start(self, pool: ProcessPoolExecutor, run: Run) -> Future:
         """Hands a run to a worker."""
-        experiment = next(item for item in self.experiments if item.name == run.experiment)
         folder = self.folder(run.experiment)
-        tokenizer = make_tokenizer(experiment, self.data_dir, folder)
+        tokenizer = make_tokenizer(self.experiments[run.experiment], self.data_dir, folder)
         return pool.submit(work, run, self.data_dir, folder, tokenizer)
 
     def finish(self, run: Run, results: dict) -> None:
         """Writes the line of a run."""
-        experiment = next(item for item in self.experiments if item.name == run.experiment)
         origin = dict(self.origin)
         line = {
             "key": run.key,
@@ -194,7 +176,7 @@ class Runner:
             "learning_rate": run.settings["learning_rate"],
             "settings": run.settings,
             "text": self.text[run.experiment],
-            **experiment.costs(run.model),
+            **self.experiments[run.experiment].costs(run.model),
             **results,
             "commit": origin.pop("commit"),
             "date": origin.pop("date"),

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from benchmark_workloads import count_flops, held_bytes
+from cache_memory import layer_equivalents
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -75,14 +76,11 @@ def count_costs(config: SpiralFormerConfig, block_size: int) -> dict[str, float]
     """
     parameters, non_embedding = count_parameters(config)
     flops = count_flops(meta_model(config), block_size)
-    reads = sum(1 / size for size in config.chunk_sizes)
     return {
         "parameters": parameters,
         "non_embedding_parameters": non_embedding,
         "training_flops_per_block": flops["training"],
         "prefill_flops_per_token": flops["prefill"] / block_size,
         "kv_bytes_per_token": held_bytes(meta_model(config), block_size) / block_size,
-        "decode_layer_equivalents": config.num_prelude_layers
-        + config.num_coda_layers
-        + config.num_core_layers * reads,
+        "decode_layer_equivalents": layer_equivalents(config),
     }

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 from make_configurations import published_config
+from matching import count_parameters, meta_model
 from published import PUBLISHED_MODELS, PublishedModel
 from tables import format_schedule, markdown_table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerConfig
 
 PREFILL_TOKENS = 4096
 
@@ -38,14 +39,10 @@ def measure(config: SpiralFormerConfig) -> Measurement:
     of queries and keys, as the paper's figures do: eager attention computes it, masked or not.
     """
     config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = SpiralFormerForCausalLM(config).eval()
-        input_ids = torch.zeros(1, PREFILL_TOKENS, dtype=torch.long)
+    model, input_ids = meta_model(config), torch.zeros(1, PREFILL_TOKENS, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=input_ids, use_cache=False)
-    embeddings = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Measurement(parameters, parameters - embeddings, counter.get_total_flops())
+    return Measurement(*count_parameters(config), counter.get_total_flops())
 
 
 def schedule(model: PublishedModel) -> str:

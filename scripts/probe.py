@@ -13,6 +13,7 @@ import torch
 from checkpoints import check_tokenizer, load_config, load_model
 from plot_probes import draw, report
 from probes import check_length, check_looped, collect, cut_text
+from training_arguments import check_counts
 from transformers import AutoTokenizer, HfArgumentParser
 
 LARGEST_DEFAULT_LENGTH = 1024
@@ -35,9 +36,7 @@ class ProbeArguments:
     batch_size: int = field(default=4, metadata={"help": "Sequences in one forward pass."})
 
     def __post_init__(self):
-        for name in ("sequences", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {getattr(self, name)}.")
+        check_counts(self, "sequences", "batch_size")
 
 
 def probe(arguments: ProbeArguments) -> dict:

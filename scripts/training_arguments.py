@@ -9,6 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_LR_RATE = 0.1
 
 
+def check_counts(settings: object, *names: str) -> None:
+    """Raises ValueError where a named setting is below 1; one that is None is not set."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+
+
 @dataclass
 class ModelArguments:
     """Which model: a checkpoint to go on from, or a configuration to start from scratch."""
@@ -75,10 +83,7 @@ class DataArguments:
                 "`validation_split_percentage` must be between 0 and 100, both excluded, but got "
                 f"{self.validation_split_percentage}."
             )
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+        check_counts(self, "max_train_samples", "max_eval_samples")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from documents import commands
+from experiment import held, main
 from experiment_plan import Experiment, load_experiment
 from experiment_run import last_whole_checkpoint, train_run, training_arguments
 from experiment_store import append_line, drop_torn_line, read_lines
@@ -390,15 +391,23 @@ def test_a_diverged_run_is_a_result(data_dir, tokenizer, tmp_path):
     append_line(tmp_path / "runs.jsonl", results)
 
 
-def start_runner(tmp_path, data_dir) -> subprocess.Popen:
+def runner_arguments(tmp_path, data_dir) -> list[str]:
     plan = tmp_path / "small.yaml"
     plan.write_text(yaml.safe_dump(SMALL | {"budget": {"tokens": 2048}}), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--experiments", str(plan)]
-    command += ["--data_dir", str(data_dir), "--lines", str(tmp_path / "runs.jsonl"), "--workers", "2"]
-    command += ["--runs_dir", str(tmp_path / "runs")]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    words = ["--experiments", str(plan), "--data_dir", str(data_dir), "--lines", str(tmp_path / "runs.jsonl")]
+    return [*words, "--runs_dir", str(tmp_path / "runs"), "--workers", "2"]
+
+
+def start_runner(tmp_path, data_dir) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts" / "experiment.py"), *runner_arguments(tmp_path, data_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("name, path", [("runs_dir", "runs/lock"), ("lines", "runs.jsonl")])
+def test_a_runner_beside_another_is_refused(name, path, data_dir, tmp_path):
+    with held(name, tmp_path / path), pytest.raises(ValueError, match=f"`{name}` must not be in use"):
+        main(runner_arguments(tmp_path, data_dir))
+    assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
 
 
 @pytest.mark.processes
@@ -409,9 +418,6 @@ def test_a_killed_runner_goes_on(data_dir, tmp_path):
     deadline = time.time() + 180
     while not (path.exists() and path.read_text().count("\n") >= 2) and time.time() < deadline:
         time.sleep(0.05)
-    beside = start_runner(tmp_path, data_dir)
-    refusal, _ = beside.communicate(timeout=180)
-    assert beside.returncode != 0 and "`runs_dir` must not be in use" in refusal
     runner.kill()  # it alone: its workers have to notice
     runner.communicate(timeout=60)  # comes back when the last process that holds its output has ended
     drop_torn_line(path)
