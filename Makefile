@@ -26,7 +26,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev,molecules]"
 	@touch $(STAMP)
 
 # torch first here as well; the rest without constraints.txt, whose transformers is the newest supported.
@@ -68,7 +68,7 @@ results: $(STAMP)
 	$(RUN) scripts/report.py
 
 # In the order in which their runs start. Two runs at a time, one core each, use a small machine better than one on both.
-EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long
+EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long molecules_150k molecules_50k
 WORKERS ?= 2
 
 results-run: $(STAMP)

@@ -17,6 +17,7 @@ setup(
     extras_require={
         "train": ["accelerate", "datasets", "evaluate", "peft", "trl"],
         "eval": ["evaluate", "lm-eval[hf]"],
+        "molecules": ["rdkit", "scipy"],
         "dev": [
             "hypothesis",
             "matplotlib",

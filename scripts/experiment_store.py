@@ -1,8 +1,12 @@
 """The lines of finished runs, one JSON object each: read, appended, mended after a kill in mid-line."""
 
 import json
+import math
 import os
 from pathlib import Path
+
+# What becomes of a sampled molecule: a line counts its samples by these (`molecules.classify`).
+SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
 
 
 def read_lines(path: str | Path) -> list[dict]:
@@ -48,3 +52,13 @@ def drop_torn_line(path: str | Path) -> str:
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n")
     return ""
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinities, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def losses(line: dict) -> dict[str, float | None]:
+    """Text -> loss of a finished run: nats per token of molecules, else bits per byte; None where it diverged."""
+    return line["nats_per_token" if "nats_per_token" in line else "bits_per_byte"]

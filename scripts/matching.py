@@ -18,9 +18,9 @@ def meta_model(config: SpiralFormerConfig) -> SpiralFormerForCausalLM:
 def count_parameters(config: SpiralFormerConfig) -> tuple[int, int]:
     """All parameters, and those outside of the embedding and the head."""
     model = meta_model(config)
-    embeddings = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total - embeddings
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
+    return total, total - sum(weight.numel() for weight in embeddings)
 
 
 def parameters_per_unit(config: SpiralFormerConfig) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiment_plan import load_experiment
 from experiment_store import read_lines
+from report_molecules import molecules_report
 from report_plots import Picture, pictures, scaling_picture
 from report_results import ExperimentResults
 from report_tables import report
@@ -48,7 +49,8 @@ def main(arguments: ReportArguments) -> None:
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
         own = pictures(results)
-        texts[folder / f"{results.name}.md"] = report(results, {picture.file: picture.shows for picture in own})
+        write = molecules_report if results.report == "molecules" else report
+        texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
         drawn += own
     if arguments.check:
         if stale := stale_files(texts):

@@ -77,7 +77,7 @@ def test_committed_experiments_are_matched(path):
     tokens, targets = set(), set()
     for name, entry in plan.models.items():
         settings = plan.run(name, plan.seeds[0], plan.learning_rates[0]).settings
-        tokens.add(settings["steps"] * settings["batch_size"] * settings["block_size"])
+        tokens.add(settings["steps"] * settings["batch_size"] * plan.example_length)
         target = (plan.common | entry).get("non_embedding_parameters")
         if target is not None:
             config = plan.model_config(name)
