@@ -12,7 +12,7 @@ import molecules
 import pytest
 import torch
 import yaml
-from documents import ROOT
+from documents import ROOT, commands, run
 from experiment import check_molecules, make_tokenizer
 from experiment_plan import Experiment, load_experiment
 from experiment_run import train_run
@@ -101,6 +101,13 @@ def test_it_loads_without_the_package():
     )
     printed = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     assert str(TOKENIZER("CBr")["input_ids"]) in printed
+
+
+def test_the_command_of_the_page_writes_a_tokenizer(data_dir):
+    (command,) = (line for line in commands("tokenization/README.md") if "smiles" in line)
+    run([sys.executable, *command.replace("scripts/", f"{ROOT}/scripts/").split()[1:]], data_dir)
+    written = AutoTokenizer.from_pretrained(data_dir / "my_smiles_tokenizer")
+    assert len(written) == 30 and written.decode(written("CCO")["input_ids"]) == "<|bos|>CCO<|eos|>"
 
 
 @needs_data
@@ -301,10 +308,10 @@ class Killed(Exception):
 def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(data_dir, tmp_path):
     pytest.importorskip("rdkit")
     plan = experiment()
-    run = plan.run("spiral", 0, 1e-2)
+    planned = plan.run("spiral", 0, 1e-2)
     (tmp_path / "runs").mkdir()
     tokenizer = make_tokenizer(plan, data_dir, tmp_path / "runs")
-    whole, flops = train_run(run, data_dir, tmp_path / "whole", tokenizer, [].append), []
+    whole, flops = train_run(planned, data_dir, tmp_path / "whole", tokenizer, [].append), []
 
     def stop(flops_of_step):
         flops.append(flops_of_step)
@@ -312,12 +319,12 @@ def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(data_di
             raise Killed
 
     with pytest.raises(Killed):
-        train_run(run, data_dir, tmp_path / "torn", tokenizer, stop)
-    resumed = train_run(run, data_dir, tmp_path / "torn", tokenizer, [].append)
+        train_run(planned, data_dir, tmp_path / "torn", tokenizer, stop)
+    resumed = train_run(planned, data_dir, tmp_path / "torn", tokenizer, [].append)
     assert resumed["resumed_from_step"] == 4 and without_clock(resumed) == without_clock(whole)
-    again = train_run(run, data_dir, tmp_path / "torn", tokenizer, [].append)  # killed before its line
+    again = train_run(planned, data_dir, tmp_path / "torn", tokenizer, [].append)  # killed before its line
     assert without_clock(again) == without_clock(whole)
-    samples = [(tmp_path / name / run.key / "samples.txt").read_text() for name in ("whole", "torn")]
+    samples = [(tmp_path / name / planned.key / "samples.txt").read_text() for name in ("whole", "torn")]
     assert samples[0] == samples[1] and samples[0].count("\n") == 12 == whole["samples"]["count"]
 
 
