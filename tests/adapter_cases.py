@@ -232,7 +232,7 @@ PROMPTS = {
         peft.MultitaskPromptTuningConfig, None, num_virtual_tokens=3, num_tasks=3, given={"task_ids": ROWS}
     ),
     "CPT": tuner(
-        peft.CPTConfig, None, cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]
+        peft.CPTConfig, None, cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1, 1, 1, 1], cpt_tokens_type_mask=[1, 2, 3, 4]
     ),
 }
 
