@@ -24,12 +24,6 @@ from collections.abc import Callable
 
 from torch import nn
 
-# Arguments by which PEFT's hooks hand a layer what they know of single tokens.
-TOKEN_ARGUMENTS = {
-    "alora_offsets": "Activated LoRA (`alora_invocation_tokens`) counts tokens from its invocation on",
-    "scalings": "X-LoRA weighs its adapters anew for each token",
-}
-
 # Tuners that have no one function here, by the packages of their layers.
 REFUSED_TUNERS = {
     "peft.tuners.lily": "Lily mixes its experts by their mean over all tokens and rows of a call: later tokens would "
@@ -43,7 +37,8 @@ def meet_adapters(model: nn.Module) -> bool:
     """Refuses adapters that would be silently wrong; returns whether adapters tell the rows of the batch apart.
 
     Raises:
-        `ValueError`: for Lily and ShadowPEFT; for activated LoRA, X-LoRA and the start of EVA by tokens, where latents are seen.
+        `ValueError`: for Lily and ShadowPEFT; where layers see latents, for activated LoRA, X-LoRA and the start of
+            EVA by tokens.
     """
     if "peft" not in sys.modules:  # looking through all modules would take 1% of a decode step
         return False
@@ -55,25 +50,32 @@ def meet_adapters(model: nn.Module) -> bool:
     for module in (*model.core.modules(), *model.resolutions.modules()):  # these see latents
         for key in module._forward_pre_hooks_with_kwargs:
             by_row = True
-            _refuse_token_arguments(getattr(module._forward_pre_hooks[key], "keywords", {}))  # of a functools.partial
+            _refuse_counts_of_tokens(module, getattr(module._forward_pre_hooks[key], "keywords", {}))
         for hook in module._forward_hooks.values():
             _refuse_choice_of_tokens(getattr(hook, "_prepare_layer_inputs_fn", None))
     return by_row
 
 
-def _refuse_token_arguments(given: dict) -> None:
-    for argument, meaning in TOKEN_ARGUMENTS.items():
-        if given.get(argument) is not None:
-            raise ValueError(
-                f"{meaning}, but core layers, scorers and allocators see latents. Adapt prelude and coda alone, "
-                r"target_modules=r'.*\.(prelude|coda)\..*', or take plain LoRA."
-            )
+def _refuse_counts_of_tokens(module: nn.Module, given: dict) -> None:
+    """Refuses what a hook (a `functools.partial`) gives to an adapter on latents, where it says something of tokens."""
+    meaning = None
+    if given.get("scalings") is not None:
+        meaning = "X-LoRA weighs its adapters anew for each token"
+    if given.get("alora_offsets") is not None:  # plain adapters are given them too, beside activated ones elsewhere
+        variants = getattr(module, "lora_variant", {}).values()
+        if any(type(variant).__name__.startswith("ALora") for variant in variants):
+            meaning = "Activated LoRA (`alora_invocation_tokens`) counts tokens from its invocation on"
+    if meaning is not None:
+        raise ValueError(
+            f"{meaning}, but core layers, scorers and allocators see latents. Adapt prelude and coda alone, "
+            r"target_modules=r'.*\.(prelude|coda)\..*', or take plain LoRA."
+        )
 
 
 def _refuse_choice_of_tokens(choice: Callable | None) -> None:
     if getattr(choice, "__name__", None) == "prepare_layer_inputs_fn_language_modeling":
         raise ValueError(
-            "The start of EVA picks tokens out of a layer's input, but core layers, scorers and allocators see latents. "
+            "The start of EVA picks tokens of a layer's input, but core layers, scorers and allocators see latents. "
             "Give initialize_lora_eva_weights `prepare_layer_inputs_fn=None`, which takes all of them, and batches "
             "without padding."
         )

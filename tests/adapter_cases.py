@@ -164,7 +164,11 @@ LORA = {
     "`layers_to_transform`": lora(LAYERS, layers_to_transform=[0]),
     "`layers_pattern`": lora(**CORE_ONLY),
     "`use_bdlora`": lora(
-        LAYERS, r=4, use_bdlora=lora_options.BdLoraConfig(["query_key_value", "h_to_4h"], ["attention.dense", "4h_to_h"], nblocks=2)
+        LAYERS,
+        r=4,
+        use_bdlora=lora_options.BdLoraConfig(
+            ["query_key_value", "h_to_4h"], ["attention.dense", "4h_to_h"], nblocks=2
+        ),
     ),
     "`kasa_config`": lora(LAYERS, kasa_config=lora_options.KasaConfig()),
     "`velora_config`": lora(velora_config=lora_options.VeloraConfig(num_groups=4)),
@@ -209,7 +213,9 @@ TUNERS = {
     "OFT": tuner(peft.OFTConfig, oft_block_size=4),
     "OSF": tuner(peft.OSFConfig, LAYERS, effective_rank=8),
     "PEANuT": tuner(peft.PeanutConfig, r=4),
-    "Poly": tuner(peft.PolyConfig, LAYERS, r=2, n_tasks=3, n_splits=2, merges=False, replays=False, given={"task_ids": ROWS}),
+    "Poly": tuner(
+        peft.PolyConfig, LAYERS, r=2, n_tasks=3, n_splits=2, merges=False, replays=False, given={"task_ids": ROWS}
+    ),
     "PSOFT": tuner(peft.PsoftConfig, LAYERS, r=4),
     "PVeRA": tuner(peft.PveraConfig, r=4),
     "RandLoRA": tuner(peft.RandLoraConfig, LAYERS, r=4),
@@ -276,9 +282,11 @@ REFUSED = {
         "Unsupported model type for adaption prompt",
     ),
     "`layer_replication`": (
-        lora(layer_replication=[(0, 1), (0, 1)]), "Could not locate the layers attribute",
+        lora(layer_replication=[(0, 1), (0, 1)]),
+        "Could not locate the layers attribute",
     ),
     "`loftq`": (
-        lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)), "bitsandbytes is not available",
+        lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)),
+        "bitsandbytes is not available",
     ),
 }

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import re
 import typing
 
 import peft
@@ -13,6 +12,7 @@ from documents import ROOT
 from peft import PeftModel
 from support import large_weights, pad_rows, random_ids, small_model
 from transformers import DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 LENGTHS = (14, 3, 9)
 TEXTS = [random_ids(1, length, length)[0] for length in LENGTHS]
@@ -141,6 +141,24 @@ def test_eva_starts_at_the_main_directions_of_the_latents_of_all_iterations():
     assert len(weight) and share.min() > 0.9
 
 
+@pytest.mark.parametrize("name", ["`pissa_niter_4`", "`corda`", "`lora_ga`"])
+def test_a_start_that_changed_the_weights_is_saved_as_plain_adapters(name, tmp_path):
+    torch.manual_seed(0)
+    case = LORA[name]
+    model = case.wrap(base_model()).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    expected = logits_of(model, case)
+    model.peft_config["default"].init_lora_weights = case.config.init_lora_weights
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path / "end").eval()
+    torch.testing.assert_close(logits_of(loaded, case)[REAL], expected[REAL], atol=1e-5, rtol=0)
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +177,15 @@ def test_without_the_adapter_the_model_runs(name):
     model = REFUSED[name][0].wrap(base_model()).eval()
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, base_model()(IDS).logits)
+
+
+def test_code_that_came_with_a_checkpoint_refuses_too(tmp_path):
+    base_model().save_pretrained(tmp_path)
+    remote = get_class_from_dynamic_module("modeling_spiralformer.SpiralFormerForCausalLM", str(tmp_path))
+    assert remote.__module__.startswith("transformers_modules.")
+    case, words = REFUSED["activated LoRA on the core"]
+    with pytest.raises(ValueError, match=words):
+        case.wrap(remote.from_pretrained(tmp_path))(torch.full((1, 9), 7))
 
 
 # -- adapters that count tokens, on prelude and coda ----------------------------------------------------------------
@@ -194,6 +221,20 @@ def test_activated_lora_on_token_layers_trains_with_checkpointing():
     for name, gradient in found[0].items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_plain_adapters_on_the_core_go_beside_activated_ones_elsewhere():
+    case, names = activated(TOKEN_LAYERS), ["default", "plain", "__base__"]
+    model, ids = adapted(case), random_ids(3, 14).clamp(min=8)
+    model.add_adapter("plain", copy.deepcopy(lora(LAYERS, init_lora_weights=False).config))
+    model.double()
+    ids[:, 5] = 7
+    with torch.no_grad():
+        found = model(ids, adapter_names=names).logits
+        activated_alone = model(ids[:1]).logits
+        model.set_adapter("plain")
+        plain_alone = model(ids[1:2]).logits
+    assert torch.allclose(found[:2], torch.cat([activated_alone, plain_alone]), atol=1e-9)
 
 
 def test_x_lora_weighs_the_tokens_of_prelude_and_coda(tmp_path):
@@ -245,7 +286,10 @@ def test_each_row_has_its_own_adapter(name):
         assert torch.allclose(expected[row, REAL[row]], alone, atol=1e-9), adapter
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}])
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, STATIC])
 def test_each_row_generates_with_its_own_adapter(options):
     model = two_adapters(BY_ROW["scorers and routers"])
     names = ["default", "other", "__base__"]
@@ -310,14 +354,43 @@ def test_prompts_are_embeddings_in_front(name, tmp_path):
 
 # -- the table ------------------------------------------------------------------------------------------------------
 
-NOT_RUN = {"`megatron_config`", "`use_qalora`"}
-WITHOUT_ROW = {  # options that say where an adapter is or how its weights are stored, and whether it is merged
-    "r", "lora_alpha", "target_modules", "init_lora_weights", "fan_in_fan_out", "runtime_config", "qalora_group_size",
-    "megatron_core",
-}  # fmt: skip
+SHOWN_ALONE = {  # by a test of their own
+    "one adapter per row",
+    "activated LoRA on prelude and coda",
+    "X-LoRA on prelude and coda",
+}
+WITHOUT_ROW = {  # where weights are, how they are stored and what scales them; other kinds of layers
+    *("fan_in_fan_out", "runtime_config", "megatron_config", "megatron_core", "use_qalora", "qalora_group_size"),
+    "arrow_config",  # whose configuration PEFT makes
+}
 
 
-def test_every_tuner_of_peft_has_a_row():
-    cases = [*TUNERS.values(), *PROMPTS.values(), *(case for case, _ in REFUSED.values()), LORA["LoRA"]]
-    found = {case.config.peft_type for case in cases if case.config is not None}
+def all_configurations() -> list[peft.PeftConfig]:
+    cases = [*WORKS.values(), *PROMPTS.values(), *(case for case, _ in REFUSED.values()), activated(TOKEN_LAYERS)]
+    return [case.config for case in cases if case.config is not None]
+
+
+def test_every_tuner_and_option_of_peft_has_a_row():
+    found = {config.peft_type for config in all_configurations()}
     assert set(peft.PeftType) - found == {peft.PeftType.XLORA, peft.PeftType.SHADOW}  # built by functions of their own
+    options = {}
+    for option in dataclasses.fields(peft.LoraConfig):
+        default = option.default_factory() if callable(option.default_factory) else option.default
+        values = [getattr(config, option.name) for config in all_configurations() if type(config) is peft.LoraConfig]
+        options[option.name] = any(value not in (default, None) for value in values)
+    of_any_tuner = {option.name for option in dataclasses.fields(peft.PeftConfig)}
+    assert {name for name, changed in options.items() if not changed} - of_any_tuner == WITHOUT_ROW
+    kinds = typing.get_args(typing.get_type_hints(peft.LoraConfig)["init_lora_weights"])
+    starts = {start.split("[")[0] for kind in kinds for start in typing.get_args(kind)}
+    assert all(any(row.startswith(f"`{start}") for row in (*WORKS, *REFUSED)) for start in starts) and len(starts) > 5
+
+
+def test_the_table_of_the_page_has_these_rows():
+    section = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8").partition("## PEFT, one by one")[2]
+    found = {"works": set(), "refused": set()}
+    for line in section.partition("\n## ")[0].splitlines():
+        if line.startswith("|") and "---" not in line and "tuner or option" not in line:
+            names, outcome, _, test = [cell.strip() for cell in line.strip("|").split("|")]
+            found[outcome] |= set(names.split(", "))
+            assert callable(globals()[test.strip("`")]), test
+    assert found == {"works": {*WORKS, *PROMPTS, *SHOWN_ALONE}, "refused": set(REFUSED)}
