@@ -57,7 +57,7 @@ def meet_adapters(model: nn.Module) -> bool:
 
 
 def _refuse_counts_of_tokens(module: nn.Module, given: dict) -> None:
-    """Refuses what a hook (a `functools.partial`) gives to an adapter on latents, where it says something of tokens."""
+    """Refuses what a hook (a `functools.partial`) gives to an adapter on latents where it speaks of tokens."""
     meaning = None
     if given.get("scalings") is not None:
         meaning = "X-LoRA weighs its adapters anew for each token"

@@ -11,7 +11,7 @@ from adapter_cases import LAYERS, LORA, PROMPTS, REFUSED, TOKEN_LAYERS, TUNERS, 
 from documents import ROOT
 from peft import PeftModel
 from support import large_weights, pad_rows, random_ids, small_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 LENGTHS = (14, 3, 9)
@@ -157,6 +157,19 @@ def test_a_start_that_changed_the_weights_is_saved_as_plain_adapters(name, tmp_p
     model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "end").eval()
     torch.testing.assert_close(logits_of(loaded, case)[REAL], expected[REAL], atol=1e-5, rtol=0)
+
+
+def test_a_static_decode_step_compiles_with_adapters():
+    torch._dynamo.reset()
+    model, ids = adapted(LORA["LoRA"]), random_ids(2, 14)
+    cache = StaticCache(config=base_model().config, max_cache_len=20)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model(ids[:, :6], past_key_values=cache)
+        for column in range(6, 14):
+            logits = step(ids[:, column : column + 1].clone(), past_key_values=cache).logits
+            assert torch.allclose(logits[:, 0], expected[:, column], atol=1e-9)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
