@@ -143,7 +143,13 @@ class ChunkGrid:
     # -- what one call fills ------------------------------------------------------------------------------------
 
     def filling(
-        self, start: int, end: int, padding: LeftPadding | None, device: torch.device, skip_idle: bool
+        self,
+        start: int,
+        end: int,
+        padding: LeftPadding | None,
+        device: torch.device,
+        skip_idle: bool,
+        every_row: bool = False,
     ) -> Filling | None:
         """What the tokens in batch columns `start` to `end` (excluded) fill.
 
@@ -151,6 +157,7 @@ class ChunkGrid:
             padding: the batch's left padding, None where there is none.
             skip_idle: leave out the rows of a padded batch that fill nothing. Otherwise all rows run, and no value is
                 read from the device.
+            every_row: run all rows where one fills something, whatever `skip_idle` says.
 
         Returns:
             None where no row fills anything.
@@ -165,7 +172,7 @@ class ChunkGrid:
             if not busy:
                 return None
             first, last = min(spans[row][0] for row in busy), max(spans[row][1] for row in busy)
-            if len(busy) < len(spans):
+            if len(busy) < len(spans) and not every_row:
                 rows = torch.tensor(busy, device=device)
                 pads = pads[rows]
         pads = pads[:, None]

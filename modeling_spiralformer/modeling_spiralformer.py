@@ -43,6 +43,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adapters_spiralformer import meet_adapters
 from .cache_name_spiralformer import (
     CACHE_ARGUMENT,
     CACHE_NAME,
@@ -95,7 +96,10 @@ class SpiralFormerResolution(nn.Module):
         """
         if self.chunk_size == 1:
             return members.squeeze(2)
-        scores = members.new_zeros(members.shape[:3]) if self.scorer is None else self.scorer(members).squeeze(-1)
+        if self.scorer is None:
+            scores = members.new_zeros(members.shape[:3])
+        else:  # adapters of linear layers know no input of 4 dimensions, or take it for an image
+            scores = self.scorer(members.flatten(1, 2)).view(members.shape[:3])
         if present is not None:
             scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
@@ -274,6 +278,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             name = "inputs_embeds" if input_ids is None else "input_ids"
             shape = tuple(inputs_embeds.shape[:2])
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
+        every_row = meet_adapters(self)
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
         if self._checkpoints_layers():
@@ -309,6 +314,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         for level in levels:  # nothing is refused from here on: what fails now leaves the cache half written
             level.padding, level.right_padded, level.unfinished = padding, right_padded, True
+            level.every_row = every_row
 
         # x, the embeddings
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
@@ -356,7 +362,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         Where FSDP shards the core, all processes have to call its layers equally often, also in evaluation.
         """
         resolution = self.resolutions[iteration]
-        members = hidden_states.new_zeros(1, 1, resolution.chunk_size, hidden_states.shape[-1])
+        rows = hidden_states.shape[0]  # all of them, as adapters may tell them apart
+        members = hidden_states.new_zeros(rows, 1, resolution.chunk_size, hidden_states.shape[-1])
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
         latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
