@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from modeling_spiralformer import TOKENIZER_FOLDER, configuration_folder  # registers the Auto classes
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a saved model with its tokenizer")
@@ -31,11 +31,11 @@ parser.add_argument("--learning_rate", type=float, default=1e-3)
 arguments = parser.parse_args()
 set_seed(0)
 
-tokenizer = AutoTokenizer.from_pretrained(arguments.model or "tokenization", padding_side="right")
+tokenizer = AutoTokenizer.from_pretrained(arguments.model or TOKENIZER_FOLDER, padding_side="right")
 if arguments.model:
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
 else:
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("configuration/tiny"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_folder("tiny")))
 
 lines = [line + tokenizer.eos_token for line in Path(arguments.text).read_text().splitlines() if line.strip()]
 data = Dataset.from_dict(tokenizer(lines, truncation=True, max_length=256))

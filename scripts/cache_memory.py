@@ -10,8 +10,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from benchmark_workloads import layer_bytes
+from matching import layer_equivalents
 from transformers import DynamicCache, HfArgumentParser
-from transformers.cache_utils import CacheLayerMixin
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -48,14 +49,6 @@ def cache_bytes(config: SpiralFormerConfig, length: int, batch: int, dtype: torc
     return held
 
 
-def layer_bytes(layer: CacheLayerMixin) -> int:
-    """Bytes of memory behind the states of a cache layer, what is spare of it included."""
-    states = [layer.keys, layer.values]
-    if getattr(layer, "owns_level", False):
-        states += [layer.level.tokens, layer.level.latents]
-    return sum(state.untyped_storage().nbytes() for state in states if state is not None)
-
-
 def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
     """The looped and the plain model that call attention as often, every time on all tokens."""
     fields = {name: value for name, value in config.to_dict().items() if name in SpiralFormerConfig().to_dict()}
@@ -67,12 +60,6 @@ def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
         "looped, all at full resolution": SpiralFormerConfig(**{**fields, **looped}),
         "plain, of equal depth": SpiralFormerConfig(**{**fields, **plain}),
     }
-
-
-def layer_equivalents(config: SpiralFormerConfig) -> float:
-    """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
-    reads = sum(1 / size for size in config.chunk_sizes)
-    return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * reads
 
 
 def formula_bytes(config: SpiralFormerConfig, length: int, batch: int, itemsize: int) -> float:
