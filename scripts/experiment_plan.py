@@ -100,8 +100,8 @@ class Experiment:
     common: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     rate_of: str | None = None
-    sweep_budget: dict[str, float] | None = None
-    smiles: dict[str, float] | None = None
+    sweep_budget: dict[str, int | float] | None = None
+    smiles: dict[str, int | float] | None = None
 
     def __post_init__(self):
         self._check_names()
