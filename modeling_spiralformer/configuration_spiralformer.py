@@ -28,6 +28,8 @@ from transformers.utils import auto_docstring, logging
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
 
+from .cache_name_spiralformer import CACHE_NAME
+
 # Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: other
 # code, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
 # library puts configuration and model of a local folder into packages of different names.
@@ -130,7 +132,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     """
 
     model_type = "spiralformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE_NAME]
 
     vocab_size: int = 50304
     hidden_size: int = 768
