@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
+from .cache_name_spiralformer import CACHE_NAME
+
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
-
-from .cache_name_spiralformer import CACHE_NAME
 
 # Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: other
 # code, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
@@ -182,14 +183,14 @@ class SpiralFormerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As the library does, with a warning for everything that no saved configuration is like."""
-        for fault in cls.missing_fields(config_dict | kwargs) + cls.misspelt_fields(kwargs):
+        for fault in cls.find_faults(config_dict, given=kwargs) + cls.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
         # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
         older = {name: kwargs.pop(name) for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
         return super().from_dict(config_dict | older, **kwargs)
 
     @classmethod
-    def misspelt_fields(cls, names) -> list[str]:
+    def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
         """One sentence for each of `names` that nothing knows and that is nearly the name of a field."""
         known = [item.name for item in dataclasses.fields(cls)] + ["model_type", "rope_scaling", *LEGACY_ROPE_NAMES]
         faults = []
@@ -200,11 +201,14 @@ class SpiralFormerConfig(PreTrainedConfig):
         return faults
 
     @classmethod
-    def missing_fields(cls, config_dict: dict) -> list[str]:
-        """One sentence for each field that `config_dict` lacks and every saved configuration holds."""
+    def find_faults(cls, config_dict: dict, given: Iterable[str] = ()) -> list[str]:
+        """One sentence for each field that every saved configuration holds and neither `config_dict` nor `given` does.
+
+        And one where the names of the labels disagree.
+        """
         common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
         own = [item for item in dataclasses.fields(cls) if item.name not in common]
-        missing = [f"`{item.name}`" for item in own if item.name not in config_dict]
+        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
             given = [parameters for parameters in rotary if isinstance(parameters, dict)]
@@ -212,8 +216,9 @@ class SpiralFormerConfig(PreTrainedConfig):
             named = {NESTED_ROPE_NAMES.get(name, name) for part in given for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
-        names, numbers = config_dict.get("id2label"), config_dict.get("label2id")
-        if (names or numbers) and {str(number): name for name, number in (numbers or {}).items()} != names:
+        names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
+        both = isinstance(names, dict) and isinstance(numbers, dict)
+        if both and {str(number): name for name, number in numbers.items()} != {str(n): names[n] for n in names}:
             faults.append("`label2id` is not `id2label` the other way round.")
         return faults
 
