@@ -1,5 +1,7 @@
 """The heads under the real Trainer: accumulated parts against the whole batch, label smoothing, names in lists."""
 
+from inspect import signature
+
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
@@ -132,6 +134,8 @@ def test_what_a_head_returns(model_class):
         expected.item() / 4, abs=1e-6
     )
     assert model(TOKENS).loss is None
+    # Trainer drops columns of a data set that the signature lacks.
+    assert {"input_ids", "attention_mask", "labels", "inputs_embeds"} < set(signature(model.forward).parameters)
 
 
 # -- label smoothing ------------------------------------------------------------------------------------------------
