@@ -178,6 +178,8 @@ class SpiralFormerConfig(PreTrainedConfig):
             numbers = [str(number) for number in self.id2label] if isinstance(self.id2label, dict) else []
             if not numbers or set(numbers) != {str(number) for number in range(len(numbers))}:
                 refuse("id2label", self.id2label, "None or the names of the labels 0, 1, 2, ...")
+        if not isinstance(self.label2id, dict | None):
+            refuse("label2id", self.label2id, "None or the numbers of the labels")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -192,11 +194,12 @@ class SpiralFormerConfig(PreTrainedConfig):
     @classmethod
     def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
         """One sentence for each of `names` that nothing knows and that is nearly the name of a field."""
-        known = [item.name for item in dataclasses.fields(cls)] + ["model_type", "rope_scaling", *LEGACY_ROPE_NAMES]
+        fields = [item.name for item in dataclasses.fields(cls)] + ["model_type", "rope_scaling", *LEGACY_ROPE_NAMES]
+        known = {*fields, *dir(cls), "sep_token_id"}  # the last of many other models
         faults = []
         for name in names:
-            meant = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=MISSPELT)
-            if meant and name not in known and not hasattr(cls, name):
+            meant = difflib.get_close_matches(name.lower().replace("-", "_"), fields, n=1, cutoff=MISSPELT)
+            if meant and name not in known:
                 faults.append(f"`{name}` is no field and changes nothing; `{meant[0]}` is one.")
         return faults
 
@@ -349,7 +352,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         """
         self.convert_rope_params_to_dict()
         rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in ROPE_TYPES:
+        if rope_type not in list(ROPE_TYPES):  # a list takes what has no hash
             refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")
         allowed = [*ROPE_PARAMETERS, *ROPE_TYPES[rope_type]]
         for field, value in self.rope_parameters.items():
