@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from modeling_spiralformer import SpiralFormerConfig
 
 # Keys that a message lists before it stops.
 LISTED_KEYS = 5
@@ -36,9 +36,19 @@ def parse_overrides(overrides: str | None) -> dict[str, object]:
     return settings
 
 
+def check_fields(name_or_path: str, config_class: type[SpiralFormerConfig]):
+    """Raises ValueError where a configuration holds a misspelt field, or lacks one that every saved one holds."""
+    config_dict, _ = config_class.get_config_dict(name_or_path)
+    faults = config_class.misspelt_fields(config_dict) + config_class.find_faults(config_dict)
+    if faults:
+        raise ValueError(f"The config.json of {name_or_path!r} must be as it was saved: {' '.join(faults)}")
+
+
 def load_config(name_or_path: str, overrides: dict[str, object] | None = None) -> PreTrainedConfig:
     """The configuration of a folder or Hub name, with some fields changed and all of them validated again."""
     config = AutoConfig.from_pretrained(name_or_path)
+    if isinstance(config, SpiralFormerConfig):
+        check_fields(name_or_path, type(config))
     known = sorted(item.name for item in dataclasses.fields(config))
     for key, value in (overrides or {}).items():
         if key not in known:

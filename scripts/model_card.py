@@ -7,7 +7,7 @@ from tables import format_schedule
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 
-from modeling_spiralformer import SpiralFormerPreTrainedModel
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerPreTrainedModel
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
 
 PIPELINES = {
@@ -122,6 +122,24 @@ class CardTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
             self.model.config.save_pretrained(self.args.output_dir)
+
+    def prediction_step(self, *args, **kwargs):
+        """As the library's, without label smoothing: perplexity and bits per byte are made of the loss itself."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration."""
+        config = self.model.config
+        if not isinstance(config, SpiralFormerConfig) or not config.chunk_sizes:
+            return super().floating_point_ops(inputs)
+        weights = sum(parameter.numel() for name, parameter in self.model.named_parameters() if ".core." in name)
+        passes = sum(1 / size for size in config.chunk_sizes)
+        passes /= 1 if config.share_core else config.num_iterations
+        return super().floating_point_ops(inputs) + int(6 * inputs["input_ids"].numel() * weights * (passes - 1))
 
     def create_model_card(
         self,
