@@ -403,7 +403,7 @@ def start_runner(tmp_path, data_dir) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("name, path", [("runs_dir", "runs/lock"), ("lines", "runs.jsonl")])
+@pytest.mark.parametrize("name, path", [("runs_dir", "runs/runner"), ("lines", "runs.jsonl")])
 def test_a_runner_beside_another_is_refused(name, path, data_dir, tmp_path):
     with held(name, tmp_path / path), pytest.raises(ValueError, match=f"`{name}` must not be in use"):
         main(runner_arguments(tmp_path, data_dir))
