@@ -23,6 +23,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, Filling
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
 from .level_spiralformer import Level, StaticLevel, append_columns, write_columns, write_one_column
@@ -257,7 +258,7 @@ def bind_levels(
         if not cache.is_compileable and cache.get_seq_length() == 0:
             restart(cache)
         return []
-    expected = "`past_key_values` must be built for this model by DynamicCache(config=model.config)"
+    expected = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(config=model.config)"
     layers = getattr(cache, "layers", [])
     if [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers] != [
         layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types
@@ -286,11 +287,11 @@ def bind_levels(
     if any(level.unfinished for level in levels):
         raise ValueError(f"{expected} and whole, but an error ended a forward that was writing to it: call reset().")
     if levels[0].seen and levels[0].rows != inputs_embeds.shape[0]:
-        raise ValueError(f"`past_key_values` holds {levels[0].rows} rows, but the input has {inputs_embeds.shape[0]}.")
+        raise ValueError(f"{CACHE_ARGUMENT} holds {levels[0].rows} rows, but the input has {inputs_embeds.shape[0]}.")
     if cache.is_compileable:
         held, size = levels[0].seen + inputs_embeds.shape[1], levels[0].max_tokens
         if held > size:
-            raise ValueError(f"`past_key_values` is a static cache of max_cache_len {size}, but got token {held}.")
+            raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
     else:
         seen = [level.seen for level in levels]
         if set(seen) != {cache.get_seq_length()}:

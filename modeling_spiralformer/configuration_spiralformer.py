@@ -22,6 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .cache_name_spiralformer import CACHE_NAME
+
 # Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: other
 # code, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
 # library puts configuration and model of a local folder into packages of different names.
@@ -106,7 +108,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     """
 
     model_type = "spiralformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE_NAME]
 
     vocab_size: int = 50304
     hidden_size: int = 768

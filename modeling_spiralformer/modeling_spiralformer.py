@@ -43,6 +43,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_name_spiralformer import CACHE_ARGUMENT, CACHE_NAME, takes_either_cache_name
 from .cache_spiralformer import SlotView, bind_levels
 from .chunking_spiralformer import ChunkGrid, Documents, Filling, LeftPadding, read_left_padding
 from .configuration_spiralformer import SpiralFormerConfig
@@ -164,7 +165,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Device maps keep the model whole: Down, Up and the topology are methods, which no device hook wraps.
     _no_split_modules = ["SpiralFormerModel"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -232,6 +233,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_either_cache_name("cache")
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -241,10 +243,15 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        cache (`Cache`, *optional*):
+            What earlier calls computed, as `DynamicCache(config=model.config)` or `StaticCache` holds it. Up to
+            transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
@@ -254,25 +261,23 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             shape = tuple(inputs_embeds.shape[:2])
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # a replayed layer would write its keys twice
-        given_cache = past_key_values
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            use_cache, cache = False, None  # a replayed layer would write its keys twice
+        given_cache = cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        levels = self._levels(past_key_values, inputs_embeds)
-        padding, token_mask, right_padded, past = self._read_mask(
-            attention_mask, past_key_values, levels, inputs_embeds
-        )
+        levels = self._levels(cache, inputs_embeds)
+        padding, token_mask, right_padded, past = self._read_mask(attention_mask, cache, levels, inputs_embeds)
         documents = self._documents(position_ids, token_mask, past, given_cache, inputs_embeds, kwargs)
         if documents is not None:  # packed rows are read whole: no call goes on from them
-            use_cache, past_key_values, position_ids = False, None, documents.position_ids
+            use_cache, cache, position_ids = False, None, documents.position_ids
             levels = [PackedLevel(grid, documents) for grid in self.grids]
         if position_ids is None:
             position_ids = self._position_ids(padding, past, inputs_embeds)
         token_layer = {
-            "attention_mask": self._token_mask(token_mask, documents, past_key_values, inputs_embeds),
+            "attention_mask": self._token_mask(token_mask, documents, cache, inputs_embeds),
             "position_ids": position_ids,
-            "layer_past": past_key_values,
+            "layer_past": cache,
             "use_cache": use_cache,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             **kwargs,
@@ -295,7 +300,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if self.topology is not None:
             hidden_states, carrier = self.topology.start(embeddings, hidden_states)
         for iteration, level in enumerate(levels):
-            update = self._iterate(iteration, hidden_states, level, past_key_values, use_cache=use_cache, **kwargs)
+            update = self._iterate(iteration, hidden_states, level, cache, use_cache=use_cache, **kwargs)
             hidden_states, carrier = self.topology.advance(iteration, update, hidden_states, carrier)
 
         # norm(f_post(h_T))
@@ -303,7 +308,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states = layer(hidden_states, **token_layer)
         for level in levels:
             level.unfinished = False
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _iterate(
         self, iteration: int, hidden_states: torch.Tensor, level: Level, cache: Cache | None, **kwargs
@@ -346,7 +351,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             config=self.config,
             inputs_embeds=latents,
             attention_mask=filling.valid,
-            past_key_values=view,
+            **{CACHE_NAME: view},
             position_ids=filling.position_ids if filling.packed else None,
             layer_idx=self.config.num_prelude_layers + iteration * count,
         )
@@ -400,7 +405,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if attention_mask is not None:
             attention_mask = self._check_mask_shape(attention_mask, batch, past + length).to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
-            raise ValueError("`past_key_values` holds right-padded rows: nothing can be appended to them. Pad left.")
+            raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
         compiling = is_torchdynamo_compiling()
         trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
         if attention_mask is None or trusted:
@@ -481,7 +486,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             return None
         packed = "`position_ids` restart in a row (packed rows)"
         if given_cache is not None:
-            raise ValueError(f"{packed}, but `past_key_values` must be None then: nothing can be appended to them.")
+            raise ValueError(f"{packed}, but {CACHE_ARGUMENT} must be None then: nothing can be appended to them.")
         if token_mask is not None:
             raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
         return Documents(position_ids)
@@ -506,7 +511,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=token_mask,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             position_ids=None if documents is None else documents.position_ids,
             layer_idx=slot,
         )
@@ -522,6 +527,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_either_cache_name("cache")
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -530,18 +536,23 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        r"""
+        cache (`Cache`, *optional*):
+            What earlier calls computed, as `DynamicCache(config=model.config)` or `StaticCache` holds it. Up to
+            transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -553,10 +564,12 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    generate = takes_either_cache_name(CACHE_NAME)(GenerationMixin.generate)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -577,7 +590,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         there is a token like any other: the cache has counted it.
         """
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None or cache.get_seq_length() == 0:
             return mask
         return (mask.cumsum(dim=-1) > 0).to(mask.dtype)

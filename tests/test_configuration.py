@@ -11,6 +11,7 @@ from support import random_ids, small_config, small_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer.cache_name_spiralformer import CACHE_NAME
 from modeling_spiralformer.configuration_spiralformer import TOKEN_LAYER_TYPE
 
 
@@ -20,7 +21,7 @@ def test_defaults_are_the_160m_spiralformer_b():
     assert config.resolved_causal_shifts == [7, 3, 1, 0] and config.resolved_num_memory_slots == 7
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (768, 12, 3072)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    assert config.keys_to_ignore_at_inference == ["past_key_values"]
+    assert config.keys_to_ignore_at_inference == [CACHE_NAME]
 
 
 def test_derived_values_follow_the_schedule_and_cannot_be_set():

@@ -1,0 +1,22 @@
+"""A checkpoint saved under one release of transformers, pulled as remote code under another, without the package."""
+
+import sys
+
+import pytest
+from documents import ROOT, run
+
+OLDEST = ROOT / ".venv-min" / "bin" / "python"
+needs_oldest = pytest.mark.skipif(
+    not OLDEST.exists(), reason="`make test-min` makes the environment of the oldest release"
+)
+
+
+@needs_oldest
+@pytest.mark.processes
+@pytest.mark.parametrize("saver, puller", [(sys.executable, OLDEST), (OLDEST, sys.executable)], ids=["old", "new"])
+def test_saved_by_one_release_and_pulled_by_the_other(saver, puller, tmp_path):
+    command = [str(ROOT / "tests" / "release_checkpoint.py")]
+    folder, home = tmp_path / "checkpoint", {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    saved = run([str(saver), *command, "save", str(folder)], tmp_path, **home)
+    pulled = run([str(puller), *command, "pull", str(folder)], tmp_path, **home)
+    assert saved.startswith("save 5.") and pulled.startswith("pull 5.")
