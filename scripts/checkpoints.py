@@ -226,13 +226,13 @@ def has_tokenizer(name_or_path: str) -> bool:
 
 
 def load_tokenizer(
-    name_or_path: str, config: PreTrainedConfig, field: str = "tokenizer_name"
+    name_or_path: str, config: PreTrainedConfig | None, field: str = "tokenizer_name"
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a folder or Hub name.
 
     Raises FileNotFoundError or ValueError, naming the setting `field`, where there is none, where it cannot be read,
-    and where it can give ids that the model has no embedding for.
+    and where it can give ids that the model of a configuration has no embedding for.
     """
     where = f"`{field}` must name a folder or a repository on the Hub with a tokenizer"
     if Path(name_or_path).exists() and not has_tokenizer(name_or_path):
@@ -241,7 +241,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library has no error of its own for it: some name neither file nor folder
         raise ValueError(f"{where}, but that of {name_or_path!r} cannot be read: {error}") from error
-    check_tokenizer(tokenizer, config)
+    if config is not None:
+        check_tokenizer(tokenizer, config)
     return tokenizer
 
 

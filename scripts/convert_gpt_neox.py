@@ -10,7 +10,7 @@ from checkpoints import has_tokenizer, load_config, load_model, load_tokenizer, 
 from conversion import ROUTER_BIAS, ROUTER_BIAS_RANGE, parse_core_layers, to_gpt_neox, to_spiralformer
 from files import check_folder
 from training_arguments import LARGEST_SEED, check_numbers
-from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
@@ -63,9 +63,9 @@ def load_source(name_or_path: str, model_type: str) -> PreTrainedModel:
     return load_model(name_or_path, config, dtype="auto")
 
 
-def source_tokenizer(name_or_path: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the source; None where it has none."""
-    return load_tokenizer(name_or_path, config, "model_name_or_path") if has_tokenizer(name_or_path) else None
+def source_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the source, carried as it is; None where the source has none."""
+    return load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
 
 
 def convert(arguments: ConversionArguments) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
     source = load_source(arguments.model_name_or_path, SOURCES[arguments.to])
-    tokenizer = source_tokenizer(arguments.model_name_or_path, source.config)
+    tokenizer = source_tokenizer(arguments.model_name_or_path)
     if arguments.to == "gpt_neox":
         converted = to_gpt_neox(source)
     else:

@@ -101,11 +101,12 @@ def held(name: str, path: Path):
 
 
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
-    """File name and SHA-256 of each text of an experiment. Raises FileNotFoundError where one is missing."""
+    """File name and SHA-256 of each text of an experiment. Raises an error that names it where it cannot be read."""
     described = {}
     for name, file in experiment.text.items():
         if not (data_dir / file).is_file():
             raise FileNotFoundError(f"`data_dir` must hold {file}, the {name} text of {experiment.name}: {data_dir}.")
+        load_file(name, str(data_dir / file))
         described[name] = {"file": file, "sha256": hashlib.sha256((data_dir / file).read_bytes()).hexdigest()}
     return described
 

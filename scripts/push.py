@@ -50,7 +50,7 @@ def load_checkpoint(folder: str) -> PreTrainedModel:
     return load_model(folder, config, getattr(modeling_spiralformer, saved[0]), dtype="auto")
 
 
-def read_evaluation(folder: Path) -> dict[str, float]:
+def read_evaluation(folder: Path) -> dict[str, float | str]:
     """The figures of eval_results.json, which `Trainer.save_metrics` writes; none where there is no such file."""
     path = folder / "eval_results.json"
     if not path.is_file():
@@ -58,6 +58,8 @@ def read_evaluation(folder: Path) -> dict[str, float]:
     figures = {
         name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name not in NOT_FIGURES
     }
+    # JSON holds null for a figure of a model that diverged.
+    figures = {name: "not finite" if value is None else value for name, value in figures.items()}
     return {name.removeprefix("eval_").replace("_", " ").title(): value for name, value in figures.items()}
 
 

@@ -25,7 +25,7 @@ from resuming import (
     resume_checks,
 )
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments, parse_arguments
-from training_data import make_blocks, token_byte_lengths
+from training_data import check_bytes, make_blocks, token_byte_lengths
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -162,6 +162,8 @@ def make_trainer(
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
         logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
+    elif training.do_eval:
+        check_bytes("validation_file", blocks["validation"], byte_lengths)
     trainer = CardTrainer(
         model=model,
         args=training,

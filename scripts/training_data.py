@@ -38,19 +38,19 @@ def read_documents(path: str, digest: str) -> Iterator[dict[str, str]]:
     yield {"text": read_text("path", path)}
 
 
-def check_documents(what: str, documents: Dataset) -> Dataset:
+def check_documents(field: str, where: str, documents: Dataset) -> Dataset:
     """The column `text` alone; ValueError, naming the data, where it is missing, no text, or null or empty in all."""
     if "text" not in documents.column_names:
-        raise ValueError(f"{what} must have a column `text`, but has {documents.column_names}.")
+        raise ValueError(f"`{field}` must have a column `text`, but {where} has {documents.column_names}.")
     documents = documents.select_columns("text")
     nulls = pc.is_null(documents.with_format("arrow")["text"][:])
     if (row := pc.index(nulls, True).as_py()) >= 0:
-        raise ValueError(f"{what} must have text in every row of the column `text`, but row {row + 1} is null.")
+        raise ValueError(f"`{field}` must have text in the column `text`, but row {row + 1} of {where} is null.")
     kind = documents.features["text"]
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"{what} must have text in the column `text`, but it holds {kind}.")
+        raise ValueError(f"`{field}` must have text in the column `text`, but that of {where} holds {kind}.")
     if not any(documents["text"]):
-        raise ValueError(f"{what} must hold text, but all of its {len(documents)} documents are empty.")
+        raise ValueError(f"`{field}` must hold text, but all {len(documents)} documents of {where} are empty.")
     return documents
 
 
@@ -79,7 +79,7 @@ def load_file(field: str, path: str) -> Dataset:
             raise ValueError(
                 f"`{field}` must be a {suffix} file of rows, but {path!r} cannot be read: {cause}"
             ) from error
-    return check_documents(f"`{field}`, {path!r},", documents)
+    return check_documents(field, repr(path), documents)
 
 
 def load_standard_library(validation_percentage: float) -> DatasetDict:
@@ -105,9 +105,8 @@ def load_texts(arguments: DataArguments) -> DatasetDict:
                 f"{list(loaded)}."
             )
         for split, documents in splits.items():
-            splits[split] = check_documents(
-                f"`dataset_name`, the {split} split of {arguments.dataset_name!r},", documents
-            )
+            where = f"the {split} split of {arguments.dataset_name!r}"
+            splits[split] = check_documents("dataset_name", where, documents)
     elif arguments.train_file or arguments.validation_file:
         files = {"train": arguments.train_file, "validation": arguments.validation_file}
         splits = DatasetDict({split: load_file(f"{split}_file", path) for split, path in files.items() if path})
@@ -177,6 +176,15 @@ def make_blocks(
         if limits[split] is not None:
             blocks[split] = blocks[split].select(range(min(count, limits[split])))
     return {split: blocks[split] for split in needed}
+
+
+def check_bytes(field: str, blocks: Dataset, byte_lengths: np.ndarray) -> None:
+    """Raises ValueError where no predicted token of the blocks stands for a byte: there are no bits per byte then."""
+    batches = blocks.with_format("numpy").iter(batch_size=1000)
+    if not any(byte_lengths[batch["input_ids"][:, 1:]].any() for batch in batches):
+        raise ValueError(
+            f"`{field}` must give blocks with text to evaluate on, but all of them are of empty documents."
+        )
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
