@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import load_config, load_model, load_tokenizer
-from files import check_folder, read_text, write_json
+from files import check_folder, is_finite, read_text, write_json
 from plot_probes import PICTURE_FILES, draw, report
 from probes import check_length, check_looped, collect, cut_text
 from training_arguments import check_counts
@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> dict:
     print(table)
     write_json(folder / "probes.json", results)
     (folder / "probes.md").write_text(table + "\n", encoding="utf-8")
-    draw(results, folder)
+    if is_finite(results):
+        draw(results, folder)
+    else:
+        print(f"no pictures: some of the figures are not finite, and null in {folder / 'probes.json'}")
     return results
 
 

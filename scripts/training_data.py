@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from corpus import SPLITS, read_corpus
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from files import check_text_file, read_text
+from pandas.errors import ParserWarning
 from tokenizers.decoders import ByteLevel
 from training_arguments import DataArguments
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ def cell_text(cell: str) -> str | None:
 FILE_BUILDERS = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {"converters": {"text": cell_text}, "keep_default_na": False}),
+    ".csv": ("csv", {"converters": {"text": cell_text}, "keep_default_na": False, "index_col": False}),
 }
 FILE_ENDINGS = (".txt", *FILE_BUILDERS)
 
@@ -73,7 +75,10 @@ def load_file(field: str, path: str) -> Dataset:
     else:
         builder, options = FILE_BUILDERS[suffix]
         try:
-            documents = load_dataset(builder, data_files=path, split="train", **options)
+            with warnings.catch_warnings():
+                # Of rows longer than the header pandas would drop cells, or take the first for names of the rows.
+                warnings.simplefilter("error", ParserWarning)
+                documents = load_dataset(builder, data_files=path, split="train", **options)
         except (DatasetGenerationError, ValueError) as error:
             cause = error.__cause__ or error
             raise ValueError(
