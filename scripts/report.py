@@ -38,7 +38,9 @@ class ReportArguments:
 
 def stale_files(texts: dict[Path, str]) -> list[str]:
     """The files that do not exist, or hold another text."""
-    return [path.name for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
+    return [
+        path.name for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
 
 
 def main(arguments: ReportArguments) -> None:

@@ -38,6 +38,12 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
 
 
+def neox_source(folder: Path) -> None:
+    """A GPT-NeoX of four layers."""
+    sizes = {"vocab_size": 4096, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=4)).save_pretrained(folder)
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     return save(tmp_path / "checkpoint")
@@ -196,8 +202,7 @@ def test_no_command_drops_a_layer(name, checkpoint, text, tmp_path):
 
 
 def test_a_gpt_neox_source_keeps_all_of_its_layers(tmp_path):
-    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=4)).save_pretrained(tmp_path / "source")
+    neox_source(tmp_path / "source")
     edit_config(tmp_path / "source", num_hidden_layers=3)
     arguments = convert_gpt_neox.ConversionArguments(
         str(tmp_path / "source"), str(tmp_path / "out"), config_overrides="chunk_sizes=[]"
@@ -209,14 +214,20 @@ def test_a_gpt_neox_source_keeps_all_of_its_layers(tmp_path):
 @pytest.mark.parametrize("example", ["finetune", "lora", "quantise", "uptrain"])
 @pytest.mark.processes
 def test_no_example_drops_a_layer(example, checkpoint, text, tmp_path):
-    edit_config(checkpoint, num_coda_layers=0)
-    words = {
-        "finetune": ["--model", str(checkpoint), "--text", text, "--output_dir", str(tmp_path / "out")],
-        "lora": ["--model", str(checkpoint), "--text", text, "--output_dir", str(tmp_path / "out")],
-    }.get(example, [str(checkpoint), str(tmp_path / "out")])
+    output, lost, said = str(tmp_path / "out"), "model.coda.0.attention.dense.bias", "holds 12 weights"
+    if example == "uptrain":
+        neox_source(checkpoint)
+        edit_config(checkpoint, num_hidden_layers=3)
+        words, lost = [str(checkpoint), output], "gpt_neox.layers.3.attention.dense.bias"
+    else:
+        edit_config(checkpoint, num_coda_layers=0)
+        words = [str(checkpoint), output]
+    if example in ("finetune", "lora"):
+        words = ["--model", str(checkpoint), "--text", text, "--output_dir", output]
+        said = "--model must hold the weights of its configuration"
     command = [sys.executable, f"examples/{example}.py", *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=None)
-    assert result.returncode != 0 and "model.coda.0.attention.dense.bias" in result.stderr, result.stderr[-500:]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert result.returncode != 0 and lost in result.stderr and said in result.stderr, result.stderr[-500:]
 
 
 # -- what is not there ------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """What commands read and write: outputs checked before the work, strict JSON, text byte for byte in UTF-8."""
 
+import ast
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,18 +18,20 @@ import experiment
 import make_configurations
 import plot_benchmark
 import probe
+import push
 import pytest
 import quickstart
 import report
 import torch
 import train
 import train_tokenizer
-from documents import ROOT
+from documents import ROOT, run
 from files import check_file, finite, is_finite, write_json
+from model_card import make_card
 from support import small_model
 from training_arguments import DataArguments
 from training_data import load_file, make_blocks
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
 
@@ -345,3 +350,90 @@ def test_the_memory_of_another_architecture_is_not_that_of_a_spiralformer(tmp_pa
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(ValueError, match="`config` must be that of a SpiralFormer, but got `model_type` 'gpt_neox'"):
         cache_memory.main()
+
+
+def test_a_router_bias_has_routers_to_start(tmp_path):
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=4)).save_pretrained(tmp_path / "source")
+    split = "num_prelude_layers=1,num_core_layers=1,num_coda_layers=1"
+    for options in (f"{split},topology=anchor", "chunk_sizes=[]"):
+        arguments = convert_gpt_neox.ConversionArguments(
+            str(tmp_path / "source"), str(tmp_path / "out"), config_overrides=options, router_bias=3.0
+        )
+        with pytest.raises(ValueError, match="`router_bias` must be left out of a model without routers of MeSH"):
+            convert_gpt_neox.main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_lines_that_are_not_there_is_refused(tmp_path):
+    arguments = report.ReportArguments(experiments=[PLAN], runs=str(tmp_path / "no.jsonl"), output_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="`runs` must be an existing file, but got '.*no.jsonl'"):
+        report.main(arguments)
+    (tmp_path / "no.jsonl").write_text("[]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no.jsonl, line 1, must be a JSON object, but is"):
+        report.main(arguments)
+
+
+def test_figures_that_are_not_finite_stand_in_a_card(tmp_path):
+    """With a data set the finite ones are metadata, which holds numbers alone."""
+    (tmp_path / "eval_results.json").write_text(
+        '{"eval_loss": null, "eval_bytes": 12, "epoch": 1.0}', encoding="utf-8"
+    )
+    evaluation = push.read_evaluation(tmp_path)
+    assert evaluation == {"Loss": "not finite", "Bytes": 12}
+    card = make_card(small_model(), "me/x", dataset="me/texts", evaluation=evaluation | {"Perplexity": math.nan})
+    assert [result.metric_name for result in card.data.eval_results] == ["Bytes"]
+    assert "| Loss | not finite |" in card.content
+
+
+# -- platforms --------------------------------------------------------------------------------------------------
+
+
+def without_encoding(path: Path) -> list[int]:
+    """Lines of a file where text is read or written in the encoding of the platform."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        function, values = ast.unparse(call.func), {ast.unparse(value) for value in call.args}
+        reads = (
+            function == "open" and not values & {"'rb'", "'ab'"} or function.endswith((".read_text", ".write_text"))
+        )
+        if (reads or words.get("text") == "True") and "encoding" not in words:
+            found.append(call.lineno)
+    return found
+
+
+FOLDERS_OF_CODE = ("scripts", "examples", "modeling_spiralformer")
+
+
+@pytest.mark.parametrize("path", [path for name in FOLDERS_OF_CODE for path in (ROOT / name).rglob("*.py")], ids=str)
+def test_text_is_read_and_written_in_utf8_on_every_platform(path):
+    assert without_encoding(path) == []
+
+
+def test_a_text_without_an_encoding_is_found(tmp_path):
+    lines = ["open(a)", "open(a, 'rb')", "p.read_text()", "p.write_text(x, encoding='utf-8')", "run(c, text=True)"]
+    (tmp_path / "code.py").write_text("\n".join([*lines, "read_text('a', b)", "open(a, 'w')"]), encoding="utf-8")
+    assert without_encoding(tmp_path / "code.py") == [1, 3, 5, 7]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("example", ["finetune", "lora"])
+def test_the_examples_read_utf8_where_the_platform_has_ascii(example, tmp_path):
+    model = small_model(dtype=torch.float32, vocab_size=4096)
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("café naïve Ω ✓ " * 4 + "\n", encoding="utf-8")
+    words = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--max_steps", "1"]
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), *words, "--output_dir", str(tmp_path / "out")]
+    ascii_platform = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run(command, tmp_path, **ascii_platform)
+
+
+def test_the_runner_and_the_benchmark_start_on_windows(monkeypatch):
+    """There is no fcntl there, and no load of the machine."""
+    monkeypatch.delattr("os.getloadavg")
+    assert benchmark.machine(torch.device("cpu"))["load"] is None
+    code = "import sys; sys.modules['fcntl'] = None; import experiment"
+    run([sys.executable, "-c", code], ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'scripts'}")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import resuming
@@ -89,6 +90,11 @@ def test_a_checkpoint_without_a_part_is_refused_by_its_name(name, text, checkpoi
         shutil.copytree(checkpoint, checkpoint.parent / "resumed" / "checkpoint-2")
         with pytest.raises(ValueError, match=f"has a damaged {name}"):
             resume(text, checkpoint, resume_from_checkpoint="true")
+
+
+def test_half_precision_goes_on_with_its_scale(checkpoint):
+    with pytest.raises(ValueError, match="must be a whole checkpoint, but .* lacks scaler.pt"):
+        resuming.check_whole(checkpoint, SimpleNamespace(fp16=True))
 
 
 def test_a_checkpoint_without_weights_or_folder_is_refused_by_its_name(text, checkpoint):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from documents import blocks
 from experiment_plan import load_experiment
 from test_experiments import SMALL
 from training_arguments import parse_arguments
@@ -125,3 +126,11 @@ def test_an_experiment_is_held_to_its_types(changes, message, tmp_path):
     path.write_text(yaml.safe_dump(json.loads(json.dumps(SMALL)) | changes), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_experiment(path)
+
+
+def test_the_settings_of_the_page_are_read(tmp_path):
+    ((text, _),) = blocks("docs/training.md", "yaml")
+    (tmp_path / "settings.yaml").write_text(text, encoding="utf-8")
+    model, data, training = parse_arguments([str(tmp_path / "settings.yaml")])
+    assert model.config_overrides == "chunk_sizes=[4,2,1],topology=anchor" and data.train_file == "text.txt"
+    assert (training.max_steps, training.learning_rate, training.save_strategy) == (1000, 6e-4, "no")
