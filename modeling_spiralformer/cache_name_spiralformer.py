@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the library calls the cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on.
+"""What the releases of transformers call the cache: `past_key_values` up to 5.23, `cache` from 5.24 on.
 
 The code says `cache`, whatever the release. Arguments may have either name; outputs, and calls into the library, have
 the release's own. The day 5.23 is dropped this file goes, and `**{CACHE_NAME: cache}` becomes `cache=cache`.
@@ -24,6 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 OLD_NAME, NEW_NAME = "past_key_values", "cache"
 CACHE_NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME
+# Up to 5.23 a checkpointed layer in training mode drops its cache even where no gradients are recorded.
+CHECKPOINTED_LAYERS_KEEP_CACHE = CACHE_NAME == NEW_NAME
 # In error messages, which a reader of either release understands.
 CACHE_ARGUMENT = f"`{OLD_NAME}` (`{NEW_NAME}` since transformers 5.24)"
 
@@ -52,4 +54,4 @@ def takes_either_cache_name(name: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-__all__ = ["CACHE_ARGUMENT", "CACHE_NAME", "takes_either_cache_name"]
+__all__ = ["CACHE_ARGUMENT", "CACHE_NAME", "CHECKPOINTED_LAYERS_KEEP_CACHE", "takes_either_cache_name"]

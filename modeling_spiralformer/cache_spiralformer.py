@@ -80,7 +80,7 @@ class SpiralFormerLatentLayer(GrowingLayer):
         super().__init__()
         self.level: Level | None = None
         self.owns_level = False
-        self.record_past = False
+        self.record_past = False  # the library sets it too, and the level looks at it in every call
 
     def attend(self, grid: ChunkGrid, owner: "SpiralFormerLatentLayer", empty: torch.Tensor) -> None:
         """Gets ready for its level's first tokens.
@@ -92,7 +92,6 @@ class SpiralFormerLatentLayer(GrowingLayer):
         """
         if owner is self:
             self.level, self.owns_level = Level(grid, cached=True), True
-            self.level.recording = self.record_past
         self.level = owner.level
         self.lazy_initialization(empty, empty)
 
@@ -119,8 +118,6 @@ class SpiralFormerLatentLayer(GrowingLayer):
     def activate_past_recording(self) -> None:
         """From now on keeps the states of every token, until `crop`, so that `crop` can go back over them."""
         self.record_past = True
-        if self.level is not None:
-            self.level.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Goes back by `-tokens_to_remove` tokens (a count <= 0, in tokens, not latents).
@@ -293,6 +290,8 @@ def bind_levels(
         if held > size:
             raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
     else:
+        for core, level in zip(cores, levels, strict=True):
+            level.recording = core[0].record_past
         seen = [level.seen for level in levels]
         if set(seen) != {cache.get_seq_length()}:
             raise ValueError(f"{expected} and whole, but its levels hold {seen} of {cache.get_seq_length()} tokens.")

@@ -143,7 +143,13 @@ class ChunkGrid:
     # -- what one call fills ------------------------------------------------------------------------------------
 
     def filling(
-        self, start: int, end: int, padding: LeftPadding | None, device: torch.device, skip_idle: bool
+        self,
+        start: int,
+        end: int,
+        padding: LeftPadding | None,
+        device: torch.device,
+        skip_idle: bool,
+        every_row: bool = False,
     ) -> Filling | None:
         """What the tokens in batch columns `start` to `end` (excluded) fill.
 
@@ -151,6 +157,7 @@ class ChunkGrid:
             padding: the batch's left padding, None where there is none.
             skip_idle: leave out the rows of a padded batch that fill nothing. Otherwise all rows run, and no value is
                 read from the device.
+            every_row: run all rows where one fills something, whatever `skip_idle` says.
 
         Returns:
             None where no row fills anything.
@@ -165,7 +172,7 @@ class ChunkGrid:
             if not busy:
                 return None
             first, last = min(spans[row][0] for row in busy), max(spans[row][1] for row in busy)
-            if len(busy) < len(spans):
+            if len(busy) < len(spans) and not every_row:
                 rows = torch.tensor(busy, device=device)
                 pads = pads[rows]
         pads = pads[:, None]
@@ -281,4 +288,43 @@ def read_left_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.bool().cumsum(dim=-1) == 0).sum(dim=-1)
 
 
-__all__ = ["ChunkGrid", "Documents", "Filling", "LeftPadding", "read_left_padding"]
+# What collators of packed rows say beside `position_ids`, where the library's layers need it.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.Tensor) -> None:
+    """Refuses starts of texts, `(texts + 1,)` or `seq_idx` `(B, S)`, where `position_ids` `(B, S)` do not restart."""
+    for name, value in boundaries.items():
+        value = value.to(position_ids.device)
+        is_index = name == "seq_idx"
+        starts = (value.diff(dim=-1).flatten() != 0).nonzero()[:, 0] + 1 if is_index else value[:-1].long()
+        firsts = position_ids.flatten()[starts[starts < position_ids.numel()]]
+        if firsts.ne(0).any():
+            raise ValueError(
+                f"`{name}` must start a text only where `position_ids` are 0, but got starts {starts.tolist()} with "
+                f"positions {firsts.tolist()}."
+            )
+
+
+def wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: torch.Tensor) -> str:
+    """The message on `position_ids` that are not those of the row's tokens, all of `(B or 1, S)`."""
+    row, column = wrong.nonzero()[0].tolist()
+    got, allowed = (ids[row if len(ids) > 1 else 0, column].item() for ids in (position_ids, counted))
+    return (
+        f"`position_ids` must count the tokens of each row, from 0 or from where the cache ends, but got {got} "
+        f"in row {row} for a new token that is number {allowed}: chunks are cut by that count. Left out, they are "
+        "counted. generate() gives such ones where it reads a text once more that the cache already holds: assisted "
+        "and prompt-lookup decoding over a filled cache, or a cache of the whole prompt."
+    )
+
+
+__all__ = [
+    "BOUNDARIES",
+    "ChunkGrid",
+    "Documents",
+    "Filling",
+    "LeftPadding",
+    "check_boundaries",
+    "read_left_padding",
+    "wrong_positions",
+]

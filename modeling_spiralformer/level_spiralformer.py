@@ -120,6 +120,7 @@ class Level:
         self.right_padded = False
         self.mask_unchecked = False  # a compiled call took a mask whose values it could not look at
         self.unfinished = False  # a forward has begun and not ended: an error may have left any part half written
+        self.every_row = False  # adapters tell the rows of the batch apart: all of them run where one does
         self.padding: LeftPadding | None = None
         self.seen = 0  # columns of the batch so far
         self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
@@ -140,7 +141,9 @@ class Level:
         """Takes `(B, S, D)` new token states; returns what they fill, None where they fill nothing."""
         start, self.seen = self.seen, self.seen + states.shape[1]
         self.tokens = states if self.tokens is None else torch.cat([self.tokens, states], dim=1)
-        return self.grid.filling(start, self.seen, self.padding, states.device, skip_idle=self.skips_idle_rows)
+        return self.grid.filling(
+            start, self.seen, self.padding, states.device, skip_idle=self.skips_idle_rows, every_row=self.every_row
+        )
 
     def members(self, filling: Filling) -> torch.Tensor:
         """The token states `(R, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""

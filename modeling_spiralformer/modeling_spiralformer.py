@@ -43,9 +43,24 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_name_spiralformer import CACHE_ARGUMENT, CACHE_NAME, takes_either_cache_name
+from .adapters_spiralformer import meet_adapters
+from .cache_name_spiralformer import (
+    CACHE_ARGUMENT,
+    CACHE_NAME,
+    CHECKPOINTED_LAYERS_KEEP_CACHE,
+    takes_either_cache_name,
+)
 from .cache_spiralformer import SlotView, bind_levels
-from .chunking_spiralformer import ChunkGrid, Documents, Filling, LeftPadding, read_left_padding
+from .chunking_spiralformer import (
+    BOUNDARIES,
+    ChunkGrid,
+    Documents,
+    Filling,
+    LeftPadding,
+    check_boundaries,
+    read_left_padding,
+    wrong_positions,
+)
 from .configuration_spiralformer import SpiralFormerConfig
 from .level_spiralformer import Level, PackedLevel
 
@@ -81,7 +96,10 @@ class SpiralFormerResolution(nn.Module):
         """
         if self.chunk_size == 1:
             return members.squeeze(2)
-        scores = members.new_zeros(members.shape[:3]) if self.scorer is None else self.scorer(members).squeeze(-1)
+        if self.scorer is None:
+            scores = members.new_zeros(members.shape[:3])
+        else:  # adapters of linear layers know no input of 4 dimensions, or take it for an image
+            scores = self.scorer(members.flatten(1, 2)).view(members.shape[:3])
         if present is not None:
             scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
@@ -260,20 +278,31 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             name = "inputs_embeds" if input_ids is None else "input_ids"
             shape = tuple(inputs_embeds.shape[:2])
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None  # a replayed layer would write its keys twice
+        every_row = meet_adapters(self)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
+        if self._checkpoints_layers():
+            if cache is not None:
+                raise ValueError(
+                    f"{CACHE_ARGUMENT} must be None in training mode with gradient checkpointing, but got "
+                    f"{type(cache).__name__}: a replayed layer would write its keys twice. Call eval() first."
+                )
+            use_cache = False
         given_cache = cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         levels = self._levels(cache, inputs_embeds)
         padding, token_mask, right_padded, past = self._read_mask(attention_mask, cache, levels, inputs_embeds)
-        documents = self._documents(position_ids, token_mask, past, given_cache, inputs_embeds, kwargs)
+        counted = self._position_ids(padding, past, inputs_embeds)
+        boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
+        documents = self._read_positions(
+            position_ids, counted, token_mask, past, given_cache, inputs_embeds, boundaries
+        )
+        position_ids = counted
         if documents is not None:  # packed rows are read whole: no call goes on from them
             use_cache, cache, position_ids = False, None, documents.position_ids
             levels = [PackedLevel(grid, documents) for grid in self.grids]
-        if position_ids is None:
-            position_ids = self._position_ids(padding, past, inputs_embeds)
         token_layer = {
             "attention_mask": self._token_mask(token_mask, documents, cache, inputs_embeds),
             "position_ids": position_ids,
@@ -285,6 +314,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         for level in levels:  # nothing is refused from here on: what fails now leaves the cache half written
             level.padding, level.right_padded, level.unfinished = padding, right_padded, True
+            level.every_row = every_row
 
         # x, the embeddings
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
@@ -332,7 +362,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         Where FSDP shards the core, all processes have to call its layers equally often, also in evaluation.
         """
         resolution = self.resolutions[iteration]
-        members = hidden_states.new_zeros(1, 1, resolution.chunk_size, hidden_states.shape[-1])
+        rows = hidden_states.shape[0]  # all of them, as adapters may tell them apart
+        members = hidden_states.new_zeros(rows, 1, resolution.chunk_size, hidden_states.shape[-1])
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
         latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
@@ -366,6 +397,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 **kwargs,
             )
         return latents
+
+    def _checkpoints_layers(self) -> bool:
+        """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
+        replayed = torch.is_grad_enabled() or not CHECKPOINTED_LAYERS_KEEP_CACHE
+        return self.gradient_checkpointing and self.training and replayed
 
     # -- inputs -------------------------------------------------------------------------------------------------
 
@@ -452,38 +488,50 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             )
         return attention_mask
 
-    def _documents(
+    def _read_positions(
         self,
         position_ids: torch.Tensor | None,
+        counted: torch.Tensor,
         token_mask: torch.Tensor | None,
-        past: int,
+        past: int | torch.Tensor,
         given_cache: Cache | None,
         inputs_embeds: torch.Tensor,
-        kwargs: dict,
+        boundaries: dict[str, torch.Tensor],
     ) -> Documents | None:
         """What `position_ids` of shape `(B or 1, S)` say of packed rows: a text starts where they restart.
 
+        They say nothing else: rows that are not packed have the positions `counted`, and others are refused. They
+        would turn prelude and coda, and leave the chunks where they are.
+
         Returns:
             None where no row is packed. To look, a compiled call without a cache leaves the graph (an error with
-            `fullgraph=True`, where only the default positions are possible); one with a cache does not look.
+            `fullgraph=True`, where no positions can be given). With a cache, compiled calls and steps of one token do
+            not wait for the device: there it is the device that refuses.
         """
-        boundaries = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
         if position_ids is None:
             if boundaries:
-                raise ValueError(f"`position_ids` must say where texts start, but got `{boundaries[0]}` without them.")
+                name = next(iter(boundaries))
+                raise ValueError(f"`position_ids` must say where texts start, but got `{name}` without them.")
             return None
         batch, length = inputs_embeds.shape[:2]
         shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
         if shape not in allowed:
             raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-        if length == 1 or (is_torchdynamo_compiling() and given_cache is not None):
-            return None
-        restarts = position_ids.diff(dim=-1) <= 0
+        position_ids = position_ids.to(counted.device)
+        wrong, restarts = position_ids != counted, position_ids.diff(dim=-1) <= 0
         if token_mask is not None:
-            real = token_mask[:, past : past + length].bool()
-            restarts = restarts & real[:, :-1] & real[:, 1:]
-        if not restarts.any():
+            real = token_mask[:, past + torch.arange(length, device=token_mask.device)].bool()
+            wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
+        compiling = is_torchdynamo_compiling() and given_cache is not None
+        if compiling or (length == 1 and counted.device.type != "cpu"):
+            torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
             return None
+        check_boundaries(boundaries, position_ids.expand(batch, -1))
+        is_wrong, is_packed = torch.stack([wrong.any(), restarts.any()]).tolist()
+        if not is_wrong:
+            return None
+        if not is_packed:
+            raise ValueError(wrong_positions(position_ids, counted, wrong))
         packed = "`position_ids` restart in a row (packed rows)"
         if given_cache is not None:
             raise ValueError(f"{packed}, but {CACHE_ARGUMENT} must be None then: nothing can be appended to them.")
@@ -491,9 +539,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
         return Documents(position_ids)
 
-    def _position_ids(self, padding: LeftPadding | None, past: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _position_ids(
+        self, padding: LeftPadding | None, past: int | torch.Tensor, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
         """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
-        columns = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        columns = past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
 
     def _token_mask(
@@ -515,6 +565,27 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             position_ids=None if documents is None else documents.position_ids,
             layer_idx=slot,
         )
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states whose logits are asked for, out of `(B, S, D)`.
+
+    Args:
+        logits_to_keep: an integer, that many of the last positions, 0 for all; a 1-D tensor of positions for all rows;
+            a 2-D tensor of integers `(B, K)`, positions of each row; or of booleans `(B, S)`.
+
+    Returns:
+        `(B, K, D)`; of 2-D booleans `(positions, D)`.
+    """
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be 0 or more, or a tensor, but got {logits_to_keep}.")
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() != 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 @auto_docstring(custom_intro="SpiralFormer with a language-modelling head: logits `(B, S, vocab_size)`.")
@@ -556,8 +627,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -584,16 +654,52 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
-        """Infers a mask from pad ids as the library does; while a cache is continued, leading pads only.
+        """Infers a mask from pad ids as the library does, and refuses pad ids after a row's first token.
 
-        The draft of assisted decoding starts `generate()` again and again on its own text. A pad id that it generated
-        there is a token like any other: the cache has counted it.
+        The draft of assisted decoding runs `generate()` again and again on the text of its target, without the mask
+        where that is all ones: the pad ids in there are tokens like any other.
         """
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
-        cache = model_kwargs.get(CACHE_NAME)
-        if cache is None or cache.get_seq_length() == 0:
-            return mask
-        return (mask.cumsum(dim=-1) > 0).to(mask.dtype)
+        if generation_config.is_assistant:
+            return torch.ones_like(mask)
+        holes = (mask.cumsum(dim=-1) > 0) & (mask == 0)
+        if holes.any():
+            row, column = holes.nonzero()[0].tolist()
+            raise ValueError(
+                f"`attention_mask` must be given where a row holds the pad id (`pad_token_id` "
+                f"{generation_config.pad_token_id}) after its first token, but got None, and row {row} does in column "
+                f"{column}: ones where it is text. Padding belongs before a row's first token."
+            )
+        return mask
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"`assistant_early_exit` must be None, but got {generation_config.assistant_early_exit}: there are no "
+                "early layers to leave at. Give an `assistant_model`."
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """As the library does; what it cannot make a first call of is refused here, in the words of `generate()`."""
+        cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
+        if embeddings is not None and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "`prefill_chunk_size` must be None with `inputs_embeds`, since generate() cuts ids alone, but got "
+                f"{generation_config.prefill_chunk_size}."
+            )
+        past = 0 if cache is None else cache.get_seq_length()
+        name, given = ("input_ids", input_ids) if embeddings is None else ("inputs_embeds", embeddings)
+        mask = model_kwargs.get("attention_mask")
+        columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        is_new_alone = embeddings is None and columns is not None and columns > given.shape[1]
+        if past >= given.shape[1] and past > 0 and not is_new_alone:
+            raise ValueError(
+                f"`{name}` must hold the {past} tokens of {CACHE_ARGUMENT} and at least one more, but got "
+                f"{given.shape[1]}. Ids of new tokens alone need an `attention_mask` of all columns, cached and new. "
+                "Where the cache holds the whole text, crop(-1) leaves its last token to be read."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import runpy
 import shlex
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from documents import ROOT, commands
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import large_weights, pad_rows, random_ids, small_config, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental import a2po, cpo, gkd, gmpo, online_dpo, orpo, tpo
 
-from modeling_spiralformer import SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification
 
 LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
@@ -143,36 +146,6 @@ def test_training_changes_adapters_alone_with_and_without_checkpointing(tmp_path
     assert train_adapters(replayed, tmp_path, gradient_checkpointing=True) == pytest.approx(losses, abs=1e-5)
 
 
-# -- prompts --------------------------------------------------------------------------------------------------------
-
-
-def test_prefix_tuning_is_refused():
-    model = get_peft_model(small_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="Prefix tuning .* is not supported"):
-        model(random_ids(1, 9))
-    with pytest.raises(ValueError, match="Prefix tuning .* is not supported"):
-        model.generate(input_ids=random_ids(1, 9), max_new_tokens=2)
-
-
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
-def test_prompt_tuning_is_embeddings_in_front(kind):
-    base = small_model()
-    embed = base.get_input_embeddings()
-    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).double().eval()
-    rows = [random_ids(1, length, length)[0] for length in (21, 5)]
-    ids, mask = pad_rows(rows, "right")
-    with torch.no_grad():
-        found = model(ids, attention_mask=mask).logits
-        prompt = model.get_prompt(1)
-        for row, logits in zip(rows, found, strict=True):
-            expected = base(inputs_embeds=torch.cat([prompt, embed(row[None])], dim=1)).logits[0]
-            assert torch.allclose(logits[: len(expected)], expected, atol=1e-9)
-    one = {"input_ids": ids[:1], "max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(**one), model.generate(**one, use_cache=False))
-    with pytest.raises(ValueError, match="attention_mask"):
-        model(**batch())  # the prompt stands before left padding
-
-
 # -- TRL --------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +215,142 @@ def test_dpo_prefers_what_was_chosen(with_adapters, tmp_path):
     trainer.train()
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.05
+
+
+PAIRS = {
+    "prompt": ["def add(", "x"] * 2,
+    "chosen": ["a, b):\n    return a", " = 1"] * 2,
+    "rejected": ["no", "?"] * 2,
+}
+PROMPTS = {"prompt": PAIRS["prompt"]}
+MESSAGES = {
+    "messages": [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in ("a b", "c")]
+}
+
+
+def one_step(package, method, folder, data, model=None, settings=(), tokenizer=TOKENIZER, **options):
+    """Trains one step of four rows with a trainer of `package`; returns it and its first log."""
+    trainer_class, config_class = getattr(package, f"{method}Trainer"), getattr(package, f"{method}Config")
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **QUIET}
+    arguments = config_class(str(folder), **{**defaults, **dict(settings)})
+    trainer = trainer_class(
+        text_model() if model is None else model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer,
+        **options,
+    )
+    trainer.train()
+    return trainer, next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def saved_and_loaded(folder) -> SpiralFormerForCausalLM:
+    text_model().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "method, data, settings, loss, start",
+    [
+        ("DPO", PAIRS, {}, math.log(2), "rewards/margins"),
+        ("KTO", PAIRS, {}, 0.5, "kl"),
+        ("GRPO", PROMPTS, {"beta": 0.1, "max_completion_length": 8, "num_generations": 4}, 0, "kl"),
+        ("RLOO", PROMPTS, {"beta": 0.1, "max_completion_length": 8, "num_generations": 4}, 0, "kl"),
+    ],
+)
+def test_a_saved_model_is_its_own_reference(method, data, settings, loss, start, tmp_path):
+    options = {"reward_funcs": rewards([])} if data is PROMPTS else {}
+    with pytest.raises(OSError, match="Repo id must use"):
+        one_step(trl, method, tmp_path, data, settings=settings, **options)
+    model = saved_and_loaded(tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    _, log = one_step(trl, method, tmp_path, data, model=model, settings=settings, **options)
+    assert log["loss"] == pytest.approx(loss, abs=1e-5) and log[start] == pytest.approx(0, abs=1e-5)
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def rewards(seen: list):
+    """A reward that keeps what was completed."""
+
+    def length(prompts, completion_ids, completions, **kwargs):
+        seen.extend(zip(prompts, completion_ids, strict=True))
+        return [float(len(completion)) for completion in completions]
+
+    return length
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_completions_are_scored_as_rows_alone(method, tmp_path):
+    seen, entropies = [], []
+    settings = {"beta": 0.0, "max_completion_length": 8, "num_generations": 2, "learning_rate": 0.0}
+    trainer, log = one_step(trl, method, tmp_path, PROMPTS, settings=settings, reward_funcs=rewards(seen))
+    assert len({len(TOKENIZER(prompt)["input_ids"]) for prompt, _ in seen}) == 2  # some rows are padded
+    with torch.no_grad():
+        for prompt, completion in seen:
+            ids = torch.tensor([[*TOKENIZER(prompt)["input_ids"], *completion]])
+            logits = trainer.model.eval()(ids).logits[0, -len(completion) - 1 : -1]
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    assert log["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), abs=1e-4)
+
+
+def test_reward_loss_is_that_of_rows_alone(tmp_path):
+    config = small_config(vocab_size=len(TOKENIZER), num_labels=1)
+    model = large_weights(SpiralFormerForSequenceClassification(config))
+    start = copy.deepcopy(model).eval()
+    trainer, log = one_step(trl, "Reward", tmp_path, PAIRS, model=model)
+    with torch.no_grad():
+        scores = {
+            kind: torch.cat([start(torch.tensor([row[f"{kind}_ids"]])).logits for row in trainer.train_dataset])
+            for kind in ("chosen", "rejected")
+        }
+    loss = -torch.nn.functional.logsigmoid(scores["chosen"] - scores["rejected"]).mean()
+    assert log["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_distillation_is_nothing_from_the_same_weights(seed, tmp_path):
+    teacher = large_weights(text_model(), seed)
+    settings = {"max_completion_length": 8}
+    _, log = one_step(trl, "Distillation", tmp_path, PROMPTS, settings=settings, teacher_model=teacher)
+    assert log["loss"] == pytest.approx(0, abs=1e-6) if seed == 0 else log["loss"] > 1e-4
+
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+EXPERIMENTAL = {
+    "CPO": (cpo, PAIRS, {}),
+    "ORPO": (orpo, PAIRS, {}),
+    "TPO": (tpo, {**PAIRS, "reference": PAIRS["chosen"]}, {}),
+    "GMPO": (gmpo, PROMPTS, {"max_completion_length": 8, "num_generations": 4}),
+    "OnlineDPO": (online_dpo, PROMPTS, {"max_new_tokens": 8}),
+    "GKD": (gkd, MESSAGES, {"max_new_tokens": 8}),
+    "A2PO": (a2po, PROMPTS, {"max_completion_length": 8}),
+}
+
+
+@pytest.mark.parametrize("method", EXPERIMENTAL)
+def test_other_trainers_take_a_step(method, tmp_path):
+    package, data, settings = EXPERIMENTAL[method]
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template, tokenizer.padding_side = TEMPLATE, "left"
+    options = {}
+    if method in ("GMPO", "OnlineDPO", "A2PO"):
+        options["reward_funcs"] = lambda completions, **kwargs: [float(len(text)) for text in completions]
+    if method == "OnlineDPO":
+        options["ref_model"] = text_model()
+    if method == "GKD":
+        options["teacher_model"] = large_weights(text_model(), 1)
+    model = saved_and_loaded(tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    _, log = one_step(package, method, tmp_path, data, model, settings, tokenizer, **options)
+    assert math.isfinite(log["loss"])
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_every_trainer_of_the_page_is_run():
+    section = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8").partition("## TRL")[2]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    named = set(re.findall(r"`(\w+)Trainer`", "\n".join(rows)))
+    assert named == {"SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation", *EXPERIMENTAL}
 
 
 # -- the examples ---------------------------------------------------------------------------------------------------
