@@ -4,17 +4,22 @@ import json
 import os
 from pathlib import Path
 
+from files import read_text
+
 
 def read_lines(path: str | Path) -> list[dict]:
     """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""
     if not Path(path).exists():
         return []
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(read_text("lines", path).splitlines(), start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number}, must be a JSON object, but is {text!r}.")
+        lines.append(line)
     return lines
 
 

@@ -1,5 +1,6 @@
 """The card of a model: metadata for the Hub's search, and what a reader needs to use the model and to judge it."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -37,7 +38,7 @@ def make_card(
     base_model: str | None = None,
     dataset: str | None = None,
     training_data: str | None = None,
-    evaluation: dict[str, float] | None = None,
+    evaluation: dict[str, float | str] | None = None,
     settings: dict[str, object] | None = None,
 ) -> ModelCard:
     """
@@ -50,7 +51,7 @@ def make_card(
         base_model: the model on the Hub that this one was trained on from.
         dataset: the data set on the Hub that it was trained and evaluated on.
         training_data: the same in words.
-        evaluation: figures by name, of held-out text. With a `dataset` they are metadata too.
+        evaluation: figures by name, of held-out text. With a `dataset` those that are finite are metadata too.
         settings: settings of the training by name.
     """
     auto_class = auto_class_of(model)
@@ -66,7 +67,7 @@ def make_card(
             metric_value=value,
         )
         for name, value in evaluation.items()
-        if dataset is not None
+        if dataset is not None and isinstance(value, int | float) and math.isfinite(value)
     ]
     data = ModelCardData(
         library_name="transformers",
