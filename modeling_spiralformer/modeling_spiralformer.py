@@ -21,6 +21,8 @@ of a level, G tokens in a chunk, D hidden size, T iterations, N slots of MeSH.
 """
 
 import math
+import sys
+from functools import wraps
 
 import torch
 from torch import nn
@@ -34,8 +36,20 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -174,6 +188,17 @@ class SpiralFormerMeSH(nn.Module):
         return hidden, written
 
 
+def name_peft_targets(model_type: str) -> None:
+    """Gives `model_type` the default `target_modules` of GPT-NeoX, whose layers these are, in every tuner of PEFT.
+
+    Nothing where PEFT is not loaded, and nothing is loaded for it: PEFT then asks for `target_modules`.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for mapping in vars(constants).values() if constants else ():
+        if isinstance(mapping, dict) and "gpt_neox" in mapping:
+            mapping.setdefault(model_type, mapping["gpt_neox"])
+
+
 @auto_docstring
 class SpiralFormerPreTrainedModel(PreTrainedModel):
     """What all SpiralFormer models share: validation of the configuration, initialisation, capability flags."""
@@ -197,6 +222,10 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         ],
         "attentions": GPTNeoXAttention,
     }
+
+    def post_init(self):
+        super().post_init()
+        name_peft_targets(self.config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""
@@ -646,6 +675,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """Hands on the 2-D mask: each level draws its own mask from it, also with a static cache."""
         return attention_mask
 
+    def _get_name(self) -> str:
+        """The name by which `Trainer` finds that labels are shifted, also in a subclass such as those of FSDP."""
+        return SpiralFormerForCausalLM.__name__
+
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: paged attention packs rows into one, chunks would span them, and its cache has no latents."""
         raise NotImplementedError(
@@ -702,21 +735,85 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
-class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):
-    """SpiralFormer with a head for one label per row, read at its last token; the library's generic head."""
+class SpiralFormerHead:
+    """What the library's generic heads lack.
+
+    They build their body by `AutoModel`. From a folder the library loads the code of configuration and model as two
+    packages, so that `config` may be of a copy of the class, which `AutoModel` has to know as well.
+    """
+
+    def __init__(self, config: SpiralFormerConfig):
+        AutoModel.register(type(config), SpiralFormerModel, exist_ok=True)
+        super().__init__(config)
 
 
-class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerPreTrainedModel):
-    """SpiralFormer with a head for one label per token; the library's generic head."""
+class SpiralFormerForSequenceClassification(
+    SpiralFormerHead, GenericForSequenceClassification, SpiralFormerPreTrainedModel
+):
+    """SpiralFormer with a head for one label per row, read at its last token; the library's generic head.
+
+    `num_items_in_batch`, the labels in all parts of an accumulated step, divides the loss of each part. `Trainer`
+    gives it to every forward that takes `**kwargs`; the generic head hands it to no loss.
+    """
+
+    @can_return_tuple
+    @wraps(GenericForSequenceClassification.forward, assigned=())
+    @auto_docstring
+    def forward(
+        self,
+        *inputs,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
+        """
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        if labels is None:
+            return outputs
+        options = {"labels": labels, "pooled_logits": outputs.logits, "config": self.config}
+        loss = self.loss_function(**options, num_items_in_batch=num_items_in_batch)
+        # The library divides the loss of one label per row; a regression and several labels stay means of their part.
+        if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+            counted = labels.ne(-100).sum()  # as Trainer counts
+            if counted < labels.numel() and counted != num_items_in_batch:
+                raise ValueError(
+                    f"`labels` must not hold -100 for a {self.config.problem_type} in a step of several parts, since "
+                    "Trainer counts that as no label. Shift or scale the labels."
+                )
+            loss = loss * counted / num_items_in_batch
+        return SequenceClassifierOutputWithPast(loss=loss, **outputs)
 
 
-class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
+class SpiralFormerForTokenClassification(SpiralFormerHead, GenericForTokenClassification, SpiralFormerPreTrainedModel):
+    """SpiralFormer with a head for one label per token; the library's generic head, `num_items_in_batch` as above."""
+
+    @can_return_tuple
+    @wraps(GenericForTokenClassification.forward, assigned=())
+    @auto_docstring
+    def forward(
+        self,
+        *inputs,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
+        """
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        if labels is None:
+            return outputs
+        loss = self.loss_function(outputs.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, **outputs)
+
+
+class SpiralFormerForQuestionAnswering(SpiralFormerHead, GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
     """SpiralFormer with a head for start and end of a span; the library's generic head."""
 
-
-# The library's heads build their body by `AutoModel`, and a copy of this file that came with a checkpoint has no
-# package to register it.
-AutoModel.register(SpiralFormerConfig, SpiralFormerModel, exist_ok=True)
 
 # The class that each Auto class stands for, here and in a saved `config.json`.
 AUTO_CLASSES = {
@@ -726,6 +823,17 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": SpiralFormerForSequenceClassification,
     "AutoModelForTokenClassification": SpiralFormerForTokenClassification,
 }
+
+# `Trainer` (label smoothing), the server, the model card and lm-eval ask these lists of names what a class is for. A
+# name loads nothing. docs/finetuning.md has every place that decides by one.
+for names, model_class in (
+    (MODEL_MAPPING_NAMES, SpiralFormerModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SpiralFormerForCausalLM),
+    (MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, SpiralFormerForQuestionAnswering),
+    (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SpiralFormerForSequenceClassification),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, SpiralFormerForTokenClassification),
+):
+    names[SpiralFormerConfig.model_type] = model_class.__name__
 
 __all__ = [
     "AUTO_CLASSES",

@@ -6,7 +6,6 @@ Can be killed at any moment and started again: finished runs are skipped, others
 `python scripts/report.py` makes tables and plots of the lines.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -23,6 +22,8 @@ from benchmark import machine
 from experiment_plan import Experiment, Run, load_experiment
 from experiment_run import train_run
 from experiment_store import append_line, drop_torn_line, losses, read_lines
+from filelock import FileLock, Timeout
+from files import check_file, check_folder
 from molecules import check_rdkit, read_molecules
 from tqdm import tqdm
 from train_smiles_tokenizer import split, train_smiles_tokenizer
@@ -54,6 +55,8 @@ class ExperimentArguments:
 
     def __post_init__(self):
         check_counts(self, "workers", "threads")
+        check_file("lines", self.lines)
+        check_folder("runs_dir", self.runs_dir)
 
 
 # -- in a worker's process ------------------------------------------------------------------------------------------
@@ -90,22 +93,22 @@ def work(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path) -> dict:
 
 @contextmanager
 def held(name: str, path: Path):
-    """Holds a file for one runner: two would train the same runs. The lock ends with the process, however it ends."""
+    """Holds a path for one runner: two would train the same runs. The lock ends with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"`{name}` must not be in use, but another runner works with {path}.") from error
-        yield
+    try:
+        with FileLock(f"{path}.lock", timeout=0):  # a file beside it: what is locked is not written on Windows
+            yield
+    except Timeout as error:
+        raise ValueError(f"`{name}` must not be in use, but another runner works with {path}.") from error
 
 
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
-    """File name and SHA-256 of each text of an experiment. Raises FileNotFoundError where one is missing."""
+    """File name and SHA-256 of each text of an experiment. Raises an error that names it where it cannot be read."""
     described = {}
     for name, file in experiment.text.items():
         if not (data_dir / file).is_file():
             raise FileNotFoundError(f"`data_dir` must hold {file}, the {name} text of {experiment.name}: {data_dir}.")
+        load_file(name, str(data_dir / file))
         described[name] = {"file": file, "sha256": hashlib.sha256((data_dir / file).read_bytes()).hexdigest()}
     return described
 
@@ -269,7 +272,7 @@ def describe(line: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(ExperimentArguments)
     (arguments,) = parser.parse_args_into_dataclasses(argv)
-    with held("runs_dir", Path(arguments.runs_dir) / "lock"), held("lines", Path(arguments.lines)):
+    with held("runs_dir", Path(arguments.runs_dir) / "runner"), held("lines", Path(arguments.lines)):
         torn = drop_torn_line(arguments.lines)
         if torn:
             print(f"cut off, a line that was not written to its end: {torn[:80]!r}...")

@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from experiment_store import losses
 from huggingface_hub.errors import StrictDataclassError
 from make_configurations import to_json
 from matching import count_costs, match_parameters, match_steps
-from training_arguments import SpiralTrainingArguments
+from settings import check_types, read_settings, types_of
+from training_arguments import LARGEST_SEED, SpiralTrainingArguments, check_numbers
 
 from modeling_spiralformer import SpiralFormerConfig
 
@@ -92,7 +92,7 @@ class Experiment:
     vocab_size: int
     block_size: int
     batch_size: int
-    budget: dict[str, float]
+    budget: dict[str, int | float]
     evaluation_blocks: int
     learning_rates: list[float]
     seeds: list[int]
@@ -104,6 +104,7 @@ class Experiment:
     smiles: dict[str, int | float] | None = None
 
     def __post_init__(self):
+        check_numbers(self)
         self._check_names()
         for name in ("vocab_size", "block_size", "batch_size", "evaluation_blocks"):
             value = getattr(self, name)
@@ -114,6 +115,10 @@ class Experiment:
             right = isinstance(values, list) and values and all(type(value) is kind for value in values)
             if not right or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must be a list of different {kind.__name__} values, but got {values!r}.")
+        if min(self.learning_rates) <= 0:
+            raise ValueError(f"`learning_rates` must be above 0, but got {self.learning_rates}.")
+        if min(self.seeds) < 0 or max(self.seeds) > LARGEST_SEED:
+            raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {self.seeds}.")
         self._check_training()
         self._check_smiles()
         for name in self.models:
@@ -142,6 +147,8 @@ class Experiment:
                     "`training` must name settings of SpiralTrainingArguments that the runner does not set itself, "
                     f"but got {name!r}."
                 )
+        # The values stay as they were written: keys of finished runs are digests of the settings.
+        check_types(self.training, types_of(SpiralTrainingArguments), "`training`")
         parts = self.training.get("gradient_accumulation_steps", 1)
         if type(parts) is not int or parts < 1 or self.batch_size % parts:
             raise ValueError(
@@ -259,14 +266,14 @@ def load_experiment(path: str | Path) -> Experiment:
 
     Raises ValueError for a key that is unknown or missing, and for every value that is not allowed.
     """
-    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    entries = read_settings("experiments", path)
     known = {item.name for item in dataclasses.fields(Experiment)} - {"name"}
     required = known - {"common", "training", "rate_of", "sweep_budget", "smiles"}
-    if not isinstance(entries, dict) or set(entries) - known or required - set(entries):
-        keys = sorted(entries) if isinstance(entries, dict) else entries
+    if set(entries) - known or required - set(entries):
         raise ValueError(
-            f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {keys}."
+            f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {sorted(entries)}."
         )
+    entries = check_types(entries, types_of(Experiment), str(path))
     try:
         return Experiment(name=Path(path).stem, **entries)
     except (ValueError, StrictDataclassError) as error:

@@ -1,7 +1,6 @@
 """One run of an experiment: trained by the Trainer of `train.py`, from where a killed run stopped, and evaluated."""
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import train
 from experiment_plan import Run
 from experiment_store import finite
+from resuming import last_whole_checkpoint
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 from training_data import make_blocks
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -40,17 +40,6 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         self.report(self.flops_per_step)
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose state can be read: Trainer writes it last, so a kill half way leaves none."""
-    whole = []
-    for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        try:
-            whole.append((json.loads(path.read_text(encoding="utf-8"))["global_step"], str(path.parent)))
-        except json.JSONDecodeError:
-            logging.getLogger(__name__).warning("left out, cut off while it was written: %s", path)
-    return max(whole)[1] if whole else None
 
 
 def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:

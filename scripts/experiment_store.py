@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from files import read_text
+
 # What becomes of a sampled molecule: a line counts its samples by these (`molecules.classify`).
 SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
 
@@ -14,11 +16,14 @@ def read_lines(path: str | Path) -> list[dict]:
     if not Path(path).exists():
         return []
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(read_text("lines", path).splitlines(), start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number}, must be a JSON object, but is {text!r}.")
+        lines.append(line)
     return lines
 
 

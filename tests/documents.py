@@ -15,7 +15,7 @@ BLOCK = re.compile(r"(<!-- needs the network -->\n)?```(\w+)\n(.*?)```", re.DOTA
 
 def blocks(page: str | Path, language: str) -> list[tuple[str, bool]]:
     """Code blocks of a page in one language: text, and whether it needs the network."""
-    found = BLOCK.findall((ROOT / page).read_text())
+    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     return [(text, bool(network)) for network, kind, text in found if kind == language]
 
 
@@ -33,6 +33,6 @@ def commands(page: str | Path) -> list[str]:
 def run(command: list[str], folder: Path, **environment: str) -> str:
     """Runs a command in a folder with this checkout's package, and returns what it printed; it must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout

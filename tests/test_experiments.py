@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from documents import commands
-from experiment import held, main
+from experiment import Runner, held, main
 from experiment_plan import Experiment, Run, config_fields, load_experiment
 from experiment_run import last_whole_checkpoint, train_run, training_arguments
 from experiment_store import append_line, drop_torn_line, read_lines
@@ -449,11 +449,20 @@ def start_runner(tmp_path, data_dir) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("name, path", [("runs_dir", "runs/lock"), ("lines", "runs.jsonl")])
+@pytest.mark.parametrize("name, path", [("runs_dir", "runs/runner"), ("lines", "runs.jsonl")])
 def test_a_runner_beside_another_is_refused(name, path, data_dir, tmp_path):
     with held(name, tmp_path / path), pytest.raises(ValueError, match=f"`{name}` must not be in use"):
         main(runner_arguments(tmp_path, data_dir))
     assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "foreign"])
+def test_every_text_is_read_before_the_first_run(name, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Runner, "run", lambda self: pytest.fail("the runs have begun"))
+    file = SMALL["text"][name]
+    (data_dir / file).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"`{name}` must be text in UTF-8, but '.*{file}' is not"):
+        main(runner_arguments(tmp_path, data_dir))
 
 
 @pytest.mark.processes

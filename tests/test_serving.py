@@ -301,7 +301,8 @@ def test_the_class_is_put_where_the_server_looks(monkeypatch, library):
     monkeypatch.setattr(serve, "app", calls.append)
     serve.main(["my_model", "--port", "8000"])
     assert calls == [["serve", "my_model", "--port", "8000"]]
-    assert library.SpiralFormerForCausalLM is SpiralFormerForCausalLM
+    assert library.SpiralFormerForCausalLM is serve.ServedModel
+    assert issubclass(serve.ServedModel, SpiralFormerForCausalLM)
 
 
 def test_the_library_alone_does_not_find_the_class(library):
