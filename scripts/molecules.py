@@ -84,7 +84,7 @@ def make_trainer(
     files = {"train_file": data_arguments.train_file, "validation_file": data_arguments.validation_file}
     rows = {field: make_rows(read_molecules(field, path), tokenizer, block_size) for field, path in files.items()}
     evaluated = rows["validation_file"]
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=training,
         train_dataset=rows["train_file"],
@@ -94,6 +94,8 @@ def make_trainer(
         compute_metrics=nats_per_token,
         preprocess_logits_for_metrics=row_losses,
     )
+    trainer.add_callback(train.record_run(model.config, training, rows["train_file"]))
+    return trainer
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------

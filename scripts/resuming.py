@@ -9,6 +9,7 @@ import logging
 import zipfile
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from checkpoints import load_config
 from datasets import Dataset
@@ -144,16 +145,17 @@ def saved_config(checkpoint: Path) -> dict:
 # -- what its run was -------------------------------------------------------------------------------------------
 
 
-def describe_blocks(blocks: Dataset) -> str:
-    """Number, length and digest of blocks of tokens: what text, tokenizer and their settings make of each other."""
-    digest, length = hashlib.sha256(), 0
-    for batch in blocks.with_format("numpy").iter(batch_size=1000):
-        length = batch["input_ids"].shape[1]
-        digest.update(batch["input_ids"].tobytes())
-    return f"{len(blocks)} blocks of {length} tokens, sha256 {digest.hexdigest()[:16]}"
+def describe_rows(rows: Dataset) -> str:
+    """Number, tokens and digest of the rows: what text, tokenizer and their settings make of each other."""
+    digest, tokens = hashlib.sha256(), 0
+    for batch in rows.iter(batch_size=1000):
+        for ids in batch["input_ids"]:
+            digest.update(np.asarray([len(ids), *ids]).tobytes())
+            tokens += len(ids)
+    return f"{len(rows)} rows of {tokens} tokens, sha256 {digest.hexdigest()[:16]}"
 
 
-def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, blocks: Dataset) -> dict:
+def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, rows: Dataset) -> dict:
     """Everything that decides the numbers of a run, as JSON has it."""
     settings = training.to_dict()
     record = {name: settings[name] for name in TRAJECTORY if name in settings}
@@ -161,7 +163,7 @@ def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, blo
     record["rows_at_once"] = training.train_batch_size
     record["processes"] = training.world_size
     record["rows_per_step"] = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    record["training text"] = describe_blocks(blocks)
+    record["training text"] = describe_rows(rows)
     record["config"] = compared_fields(config)
     return json.loads(json.dumps(record, default=str))
 
