@@ -239,6 +239,13 @@ def restart(cache: Cache) -> None:
         layer.reset() if ours else forget(layer)
 
 
+def fit_static_layers(cache: Cache, rows: int) -> None:
+    """Lets a static cache that holds no token go on with another number of rows: its token layers allocate anew."""
+    for layer in cache.layers:
+        if getattr(layer, "_layer_type", None) == TOKEN_LAYER_TYPE and layer.is_initialized:
+            layer.is_initialized = layer.batch_size == rows
+
+
 def bind_levels(
     cache: Cache, config: SpiralFormerConfig, grids: list[ChunkGrid], inputs_embeds: torch.Tensor
 ) -> list[Level]:
@@ -252,7 +259,14 @@ def bind_levels(
             offloaded, is full, or was left half cropped or half written by an error.
     """
     if not grids:
-        if not cache.is_compileable and cache.get_seq_length() == 0:
+        rows, static = inputs_embeds.shape[0], cache.is_compileable
+        held = cache.batch_size if static and cache.layers[0].is_initialized else rows
+        # A static cache counts in a tensor, which is read where the rows differ alone.
+        if held != rows and (is_torchdynamo_compiling() or cache.get_seq_length() > 0):
+            raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
+        if static:
+            fit_static_layers(cache, rows)
+        elif cache.get_seq_length() == 0:
             restart(cache)
         return []
     expected = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(config=model.config)"
@@ -270,7 +284,9 @@ def bind_levels(
     first, count = config.num_prelude_layers, config.num_core_layers
     cores = [layers[first + t * count : first + (t + 1) * count] for t in range(len(grids))]
     if all(core[0].level is None or core[0].level.seen == 0 for core in cores) and layers[0].get_seq_length() == 0:
-        if not cache.is_compileable:
+        if cache.is_compileable:
+            fit_static_layers(cache, inputs_embeds.shape[0])
+        else:
             restart(cache)
         heads = config.num_attention_heads
         empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], heads, 0, config.hidden_size // heads)

@@ -366,8 +366,10 @@ class StaticLevel(Level):
         self.tokens = self.token_ring[
             :, torch.arange(self.seen - open_tokens, self.seen, device=device) % self.grid.size
         ]
-        self.first_latent = self.grid.first_kept_latent(self.seen, self.padding)
-        columns = torch.arange(self.first_latent, self.grid.latent_columns(self.seen, self.padding), device=device)
+        # Where all rows are padded, the next column may fill one before the first that any row will read.
+        self.first_latent = min(self.grid.first_kept_latent(self.seen, self.padding), self.seen // self.grid.size)
+        last = max(self.first_latent, self.grid.latent_columns(self.seen, self.padding))
+        columns = torch.arange(self.first_latent, last, device=device)
         self.latents = self.latent_ring[:, columns % self.latent_ring.shape[1]] if len(columns) else None
 
     def _trim(self) -> None:

@@ -9,9 +9,10 @@ import random
 
 import torch
 from support import VOCAB, small_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 TOLERANCE = 1e-9
+STATIC_COLUMNS = 61
 
 
 class History:
@@ -20,15 +21,23 @@ class History:
     Args:
         options: of the model.
         pads: left padding of each row, in columns; a row may still be all padding after the first feedings.
+        static: a static cache of `STATIC_COLUMNS` columns; what it has no room for is not fed.
     """
 
-    def __init__(self, options: dict, pads: list[int]):
+    def __init__(self, options: dict, pads: list[int], static: bool = False):
         self.model = small_model(**options)
         self.generator = torch.Generator().manual_seed(0)
+        self.static = static
+        if static:
+            self.cache = StaticCache(config=self.model.config, max_cache_len=STATIC_COLUMNS)
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+        self.recorded_from: int | None = None
+        self._start(pads)
+
+    def _start(self, pads: list[int]) -> None:
         self.pads = torch.tensor(pads)
         self.ids = torch.zeros(len(pads), 0, dtype=torch.long)
-        self.cache = DynamicCache(config=self.model.config)
-        self.recorded_from: int | None = None
 
     @property
     def columns(self) -> int:
@@ -38,14 +47,19 @@ class History:
         return (torch.arange(self.columns) >= self.pads[:, None]).long()
 
     @torch.no_grad()
-    def feed(self, count: int, with_mask: bool = True) -> None:
-        """Feeds `count` columns in one call and compares the logits of all its real tokens."""
+    def feed(self, count: int, with_mask: bool = True, with_positions: bool = False) -> None:
+        """Feeds `count` columns in one call, pad ids among them, and compares the logits of all its real tokens."""
         start = self.columns
+        if self.static and start + count > STATIC_COLUMNS:
+            return
         new = torch.randint(3, VOCAB, (len(self.pads), count), generator=self.generator)
+        new[torch.rand(new.shape, generator=self.generator) < 0.1] = 0
         self.ids = torch.cat([self.ids, new], dim=1)
         settled = bool((self.pads < start).all()) and bool(self.model.model.grids)  # without levels nobody knows
         mask = self.mask() if with_mask or not (settled or (self.pads == 0).all()) else None
-        cached = self.model(new, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+        positions = (torch.arange(start, start + count) - self.pads[:, None]).clamp(min=0) if with_positions else None
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        cached = self.model(new, **given, use_cache=True).logits
         expected = self.model(self.ids, attention_mask=self.mask(), use_cache=False).logits[:, start:]
         real = self.mask()[:, start:].bool()
         difference = (cached - expected)[real].abs()
@@ -55,6 +69,13 @@ class History:
         if self.recorded_from is None:
             self.recorded_from = self.columns
         self.cache.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        """As the library does where it hands a cache back: it sets the flag of the layers itself."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        self.recorded_from = None
 
     def crop(self, count: int) -> None:
         """Goes back; only a point before the recorded window may be refused, and then nothing may have changed."""
@@ -82,9 +103,10 @@ class History:
         self.cache.batch_repeat_interleave(times)
         self._select([row for row in range(len(self.pads)) for _ in range(times)])
 
-    def reset(self) -> None:
+    def reset(self, pads: list[int]) -> None:
+        """Starts anew, with as many rows as there are `pads`."""
         self.cache.reset()
-        self.ids = self.ids[:, :0]
+        self._start(pads)
         if self.recorded_from is not None:
             self.recorded_from = 0
 
@@ -96,17 +118,26 @@ class History:
         self.ids, self.pads = self.ids[rows], self.pads[rows]
 
 
-def random_history(options: dict, seed: int, steps: int = 14) -> None:
+def random_pads(choose: random.Random) -> list[int]:
+    """One to three rows, with an unpadded one among them or without."""
+    return [choose.choice([0, 1, 3, 7, 12]) for _ in range(choose.randint(1, 3))]
+
+
+DYNAMIC_ONLY = ["crop"] * 2 + ["select", "repeat", "record", "stop recording"]
+
+
+def random_history(options: dict, seed: int, static: bool = False, steps: int = 14) -> None:
     """Plays `steps` random operations on ragged rows; raises where the cache is wrong."""
     choose = random.Random(seed)
-    history = History(options, [choose.choice([0, 1, 3, 7, 12]) for _ in range(choose.randint(1, 3))])
-    if choose.random() < 0.6:
+    history = History(options, random_pads(choose), static)
+    if choose.random() < 0.6 and not static:
         history.record()
     for _ in range(steps):
         rows = len(history.pads)
-        operation = choose.choice(["feed"] * 5 + ["crop"] * 2 + ["reorder", "select", "repeat", "copy", "reset"])
+        operation = choose.choice(["feed"] * 5 + ["reorder", "copy", "reset"] + ([] if static else DYNAMIC_ONLY))
         if operation == "feed":
-            history.feed(choose.choice([1, 1, 1, 2, 5, 11]), with_mask=choose.random() < 0.7)
+            with_mask, with_positions = choose.random() < 0.7, choose.random() < 0.2
+            history.feed(choose.choice([1, 1, 1, 2, 5, 11]), with_mask, with_positions)
         elif operation == "crop":
             history.crop(choose.randint(0, min(9, history.columns)))
         elif operation == "reorder":
@@ -115,8 +146,12 @@ def random_history(options: dict, seed: int, steps: int = 14) -> None:
             history.select(sorted(choose.sample(range(rows), choose.randint(1, rows))))
         elif operation == "repeat" and rows < 4:
             history.repeat(2)
+        elif operation == "record" and choose.random() < 0.5:
+            history.record()
+        elif operation == "stop recording" and choose.random() < 0.3:
+            history.stop_recording()
         elif operation == "copy":
             history.copy()
         elif operation == "reset" and choose.random() < 0.3:
-            history.reset()
+            history.reset(random_pads(choose))
     history.feed(3)

@@ -61,6 +61,11 @@ def pad_rows(rows: list[torch.Tensor], side: str, total: int | None = None) -> t
     return ids, mask
 
 
+def ragged_pads(most: int = 20) -> st.SearchStrategy[list[int]]:
+    """Left padding of one to three rows: as it comes, or of every row."""
+    return st.integers(0, 1).flatmap(lambda least: st.lists(st.integers(least, most), min_size=1, max_size=3))
+
+
 @st.composite
 def schedules(draw, max_size: int = 16, max_iterations: int = 4) -> dict:
     """Chunk sizes with offsets and shifts, each left at its default or drawn, edges included."""

@@ -7,7 +7,7 @@ import torch
 from histories import History
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support import model_options, pad_rows, random_ids, small_config, small_model
+from support import model_options, pad_rows, ragged_pads, random_ids, small_config, small_model
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
@@ -15,37 +15,44 @@ from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 # A layer that needs no further package; transformers 5.17 does not have it, and every other one needs one.
 FP8_LAYER = getattr(cache_utils, "Fp8QuantizedLayer", cache_utils.DynamicLayer)
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17, 0])  # tokens fed after an operation; 0 chains two operations
+for_dynamic_caches = precondition(lambda machine: not machine.history.static)
 
 
 class CacheMachine(RuleBasedStateMachine):
     """Hypothesis chooses a model, ragged rows and operations, each followed by tokens that `History` compares."""
 
-    @initialize(
-        options=model_options(), pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), record=st.booleans()
-    )
-    def start(self, options, pads, record):
-        self.history = History(options, pads)
-        if record:
+    @initialize(options=model_options(), pads=ragged_pads(), static=st.booleans(), record=st.booleans())
+    def start(self, options, pads, static, record):
+        self.history = History(options, pads, static)
+        if record and not static:
             self.history.record()
 
     def feed(self, count):
         if count:
             self.history.feed(count)
 
-    @rule(count=st.integers(1, 20), with_mask=st.booleans())
-    def prefill(self, count, with_mask):
-        self.history.feed(count, with_mask)
+    @rule(count=st.integers(1, 20), with_mask=st.booleans(), with_positions=st.booleans())
+    def prefill(self, count, with_mask, with_positions):
+        self.history.feed(count, with_mask, with_positions)
 
-    @rule(count=st.integers(1, 6), with_mask=st.booleans())
-    def decode(self, count, with_mask):
+    @rule(count=st.integers(1, 6), with_mask=st.booleans(), with_positions=st.booleans())
+    def decode(self, count, with_mask, with_positions):
         for _ in range(count):
-            self.history.feed(1, with_mask)
+            self.history.feed(1, with_mask, with_positions)
 
+    @for_dynamic_caches
     @rule(count=COUNTS)
     def record(self, count):
         self.history.record()
         self.feed(count)
 
+    @for_dynamic_caches
+    @rule(count=COUNTS)
+    def stop_recording(self, count):
+        self.history.stop_recording()
+        self.feed(count)
+
+    @for_dynamic_caches
     @rule(data=st.data(), count=COUNTS)
     def crop(self, data, count):
         self.history.crop(data.draw(st.integers(0, min(self.history.columns, 20))))
@@ -57,21 +64,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.history.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
         self.feed(count)
 
+    @for_dynamic_caches
     @rule(data=st.data(), count=COUNTS)
     def select(self, data, count):
         rows = len(self.history.pads)
         self.history.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
         self.feed(count)
 
+    @for_dynamic_caches
     @precondition(lambda self: len(self.history.pads) <= 3)
     @rule(times=st.integers(1, 2), count=COUNTS)
     def repeat(self, times, count):
         self.history.repeat(times)
         self.feed(count)
 
-    @rule(count=COUNTS)
-    def reset(self, count):
-        self.history.reset()
+    @rule(pads=ragged_pads(), count=COUNTS)
+    def reset(self, pads, count):
+        self.history.reset(pads)
         self.feed(count)
 
     @rule(count=COUNTS)
@@ -385,11 +394,12 @@ static = pytest.mark.parametrize("options", STATIC.values(), ids=STATIC.keys())
 
 
 @static
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("calls", [[1] * 40, [19] + [1] * 21, [3, 1, 1, 9, 1, 1, 1, 19, 1, 1, 1, 1]])
-def test_static_cache_gives_the_same_logits(options, padded, calls):
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 31, 22, 37), (33, 31, 15), (39,), (18, 7)], ids=str)
+@pytest.mark.parametrize("calls", [[1] * 40, [19] + [1] * 21, [3, 1, 1, 9, 1, 1, 1, 19, 1, 1, 1, 1]], ids=str)
+def test_static_cache_gives_the_same_logits(options, lengths, calls):
+    """Rows without padding, some padded, all of them: there whole calls hold nothing but padding."""
     model = small_model(**options)
-    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in ((40, 31, 22, 37) if padded else (40,) * 3)], "left")
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=40)
     cache, start = StaticCache(config=model.config, max_cache_len=43), 0
     with torch.no_grad():
         for repetition in range(2):
@@ -405,14 +415,32 @@ def test_static_cache_gives_the_same_logits(options, padded, calls):
 
 
 @static
-@pytest.mark.parametrize("beams", [1, 4])
-def test_generate_with_a_static_cache(options, beams):
+@pytest.mark.parametrize("lengths", [(19, 19), (19, 14), (18, 14), (5,)], ids=str)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"prefill_chunk_size": 3}], ids=str)
+def test_generate_with_a_static_cache(options, lengths, how):
     model = small_model(**options)
-    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (19, 14)], "left")
-    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 20, "num_beams": beams, "eos_token_id": None}
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=19)
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 14, "eos_token_id": None}
     inputs |= {"do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**inputs, use_cache=False)
-    assert torch.equal(model.generate(**inputs, cache_implementation="static"), expected)
+    expected = model.generate(**inputs, **({} if "prefill_chunk_size" in how else how), use_cache=False)
+    assert torch.equal(model.generate(**inputs, **how, cache_implementation="static"), expected)
+
+
+@static
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_reset_static_cache_takes_another_number_of_rows(options, rows):
+    """It allocates anew; one that holds tokens says how many rows it has."""
+    model = small_model(**options)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(random_ids(3, 9), past_key_values=cache)
+        for new in (random_ids(rows, 1), random_ids(rows, 4)):
+            with pytest.raises(ValueError, match=rf"`past_key_values`.*holds 3 rows, but the input has {rows}"):
+                model(new, past_key_values=cache)
+        cache.reset()
+        ids = random_ids(rows, 13, seed=1)
+        steps = [model(part, past_key_values=cache).logits for part in ids.split([8, 1, 1, 1, 2], dim=1)]
+        assert (torch.cat(steps, dim=1) - model(ids, use_cache=False).logits).abs().max() < 1e-9
 
 
 def test_a_full_static_cache_says_so():

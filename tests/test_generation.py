@@ -14,9 +14,12 @@ SCHEDULES = {
 schedule = pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
-def prompts(padded: bool = True) -> dict:
-    """Four prompts, three of them padded by odd numbers, as generate() takes them."""
-    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in ((19, 14, 6, 18) if padded else (19,) * 4)], "left")
+LENGTHS = {"none": (19, 19, 19, 19), "some": (19, 14, 6, 18), "all": (16, 14, 6, 18)}  # of prompts in 19 columns
+
+
+def prompts(padded: str = "some") -> dict:
+    """Four prompts, none, some (by odd numbers) or all of them padded, as generate() takes them."""
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in LENGTHS[padded]], "left", total=19)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -38,21 +41,26 @@ def check_equal(model, inputs: dict, cached: dict | None = None, **options):
     assert len(expected.unique()) > 5  # a model that says one word would agree with anything
 
 
+padding = pytest.mark.parametrize("padded", ["some", "all"])
+
+
 @schedule
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", LENGTHS)
 def test_greedy(options, padded):
     check_equal(small_model(**options), prompts(padded))
 
 
 @schedule
-def test_sampling(options):
-    check_equal(small_model(**options), prompts(), do_sample=True, top_k=20, temperature=1.5)
+@padding
+def test_sampling(options, padded):
+    check_equal(small_model(**options), prompts(padded), do_sample=True, top_k=20, temperature=1.5)
 
 
 @schedule
+@padding
 @pytest.mark.parametrize("beams", [4, 8])
-def test_beams(options, beams):
-    check_equal(small_model(**options), prompts(), num_beams=beams, num_return_sequences=3)
+def test_beams(options, beams, padded):
+    check_equal(small_model(**options), prompts(padded), num_beams=beams, num_return_sequences=3)
 
 
 @schedule
@@ -61,10 +69,11 @@ def test_several_return_sequences(options):
 
 
 @schedule
+@padding
 @pytest.mark.parametrize("chunk", [1, 3, 7])
-def test_chunked_prefill(options, chunk):
-    """The chunk of 1 feeds columns that are padding in some rows, or in all but one, one at a time."""
-    check_equal(small_model(**options), prompts(), cached={"prefill_chunk_size": chunk})
+def test_chunked_prefill(options, chunk, padded):
+    """The chunk of 1 feeds columns that are padding in some rows, in all but one, or in all, one at a time."""
+    check_equal(small_model(**options), prompts(padded), cached={"prefill_chunk_size": chunk})
 
 
 @schedule
@@ -114,9 +123,10 @@ def test_assisted_decoding_that_generates_the_pad_token(options):
 
 
 @schedule
-def test_continuing_from_a_users_cache(options):
+@padding
+def test_continuing_from_a_users_cache(options, padded):
     """Three turns of a chat: text, answer, more text, on one cache."""
-    model, inputs = small_model(**options), prompts()
+    model, inputs = small_model(**options), prompts(padded)
     cache = DynamicCache(config=model.config)
     for turn in range(3):
         expected, _ = generate(model, inputs, use_cache=False, max_new_tokens=9)
@@ -131,8 +141,9 @@ def test_continuing_from_a_users_cache(options):
 
 
 @schedule
-def test_embedded_prompts(options):
-    model, inputs = small_model(**options), prompts()
+@padding
+def test_embedded_prompts(options, padded):
+    model, inputs = small_model(**options), prompts(padded)
     embedded = {
         "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
         "attention_mask": inputs["attention_mask"],
@@ -143,9 +154,10 @@ def test_embedded_prompts(options):
 
 
 @schedule
-def test_prompts_that_end_in_finished_rows(options):
+@padding
+def test_prompts_that_end_in_finished_rows(options, padded):
     """Rows that meet eos early are padded on; the others must not notice."""
-    model, inputs = small_model(**options), prompts()
+    model, inputs = small_model(**options), prompts(padded)
     expected, _ = generate(model, inputs, use_cache=False, max_new_tokens=40)
     stop = int(expected[0, 24])
     one, _ = generate(model, inputs, use_cache=False, max_new_tokens=40, eos_token_id=stop)

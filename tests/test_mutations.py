@@ -22,7 +22,7 @@ HISTORIES = 60
 
 def run_histories() -> None:
     for seed in range(HISTORIES):
-        random_history(MODELS[seed % len(MODELS)], seed)
+        random_history(MODELS[seed % len(MODELS)], seed, static=seed % 4 == 3)
 
 
 def no_operation(self, *args) -> None:
