@@ -67,6 +67,7 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import SlotView, bind_levels
 from .chunking_spiralformer import (
     BOUNDARIES,
+    READ_AGAIN,
     ChunkGrid,
     Documents,
     Filling,
@@ -468,7 +469,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         known = levels[0].padding if levels and past else None
         settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
         if attention_mask is not None:
-            attention_mask = self._check_mask_shape(attention_mask, batch, past + length).to(inputs_embeds.device)
+            attention_mask = self._check_mask_shape(attention_mask, batch, past, length).to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
         compiling = is_torchdynamo_compiling()
@@ -506,14 +507,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             known = LeftPadding(pads) if padded else None
         return known, attention_mask if padded or right_padded else None, right_padded, past
 
-    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, past: int, length: int) -> torch.Tensor:
         if not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
-        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, columns):
+        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, past + length):
             raise ValueError(
-                f"`attention_mask` must have shape {(batch, columns)} (rows, past and new tokens), but got "
+                f"`attention_mask` must have shape {(batch, past + length)} (rows, past and new tokens), but got "
                 f"{tuple(attention_mask.shape)}. Masks of 4 dimensions are not supported: chunks need to know which "
-                "tokens are real, not who attends to whom."
+                f"tokens are real, not who attends to whom. {READ_AGAIN if past else ''}".rstrip()
             )
         return attention_mask
 
