@@ -311,6 +311,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         every_row = meet_adapters(self)
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
+            raise ValueError(
+                f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
+                "levels run in a step is decided by Python integers."
+            )
         if self._checkpoints_layers():
             if cache is not None:
                 raise ValueError(
@@ -472,7 +477,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             attention_mask = self._check_mask_shape(attention_mask, batch, past, length).to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
-        compiling = is_torchdynamo_compiling()
+        compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
         trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
         if attention_mask is None or trusted:
             static = cache is not None and cache.is_compileable  # its masks have the length of its store
@@ -552,7 +557,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if token_mask is not None:
             real = token_mask[:, past + torch.arange(length, device=token_mask.device)].bool()
             wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
-        compiling = is_torchdynamo_compiling() and given_cache is not None
+        compiling = (is_torchdynamo_compiling() and given_cache is not None) or torch.jit.is_tracing()
         if compiling or (length == 1 and counted.device.type != "cpu"):
             torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
             return None
