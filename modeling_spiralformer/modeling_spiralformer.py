@@ -67,6 +67,7 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import SlotView, bind_levels
 from .chunking_spiralformer import (
     BOUNDARIES,
+    READ_AGAIN,
     ChunkGrid,
     Documents,
     Filling,
@@ -310,6 +311,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         every_row = meet_adapters(self)
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
+            raise ValueError(
+                f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
+                "levels run in a step is decided by Python integers."
+            )
         if self._checkpoints_layers():
             if cache is not None:
                 raise ValueError(
@@ -468,10 +474,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         known = levels[0].padding if levels and past else None
         settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
         if attention_mask is not None:
-            attention_mask = self._check_mask_shape(attention_mask, batch, past + length).to(inputs_embeds.device)
+            attention_mask = self._check_mask_shape(attention_mask, batch, past, length).to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
-        compiling = is_torchdynamo_compiling()
+        compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
         trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
         if attention_mask is None or trusted:
             static = cache is not None and cache.is_compileable  # its masks have the length of its store
@@ -506,14 +512,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             known = LeftPadding(pads) if padded else None
         return known, attention_mask if padded or right_padded else None, right_padded, past
 
-    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, past: int, length: int) -> torch.Tensor:
         if not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
-        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, columns):
+        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, past + length):
             raise ValueError(
-                f"`attention_mask` must have shape {(batch, columns)} (rows, past and new tokens), but got "
+                f"`attention_mask` must have shape {(batch, past + length)} (rows, past and new tokens), but got "
                 f"{tuple(attention_mask.shape)}. Masks of 4 dimensions are not supported: chunks need to know which "
-                "tokens are real, not who attends to whom."
+                f"tokens are real, not who attends to whom. {READ_AGAIN if past else ''}".rstrip()
             )
         return attention_mask
 
@@ -551,7 +557,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if token_mask is not None:
             real = token_mask[:, past + torch.arange(length, device=token_mask.device)].bool()
             wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
-        compiling = is_torchdynamo_compiling() and given_cache is not None
+        compiling = (is_torchdynamo_compiling() and given_cache is not None) or torch.jit.is_tracing()
         if compiling or (length == 1 and counted.device.type != "cpu"):
             torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
             return None
