@@ -10,7 +10,7 @@ import molecules
 import torch
 import train
 from experiment_plan import Run
-from experiment_store import finite
+from files import finite
 from resuming import last_whole_checkpoint
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 from training_data import make_blocks

@@ -1,7 +1,6 @@
 """The lines of finished runs, one JSON object each: read, appended, mended after a kill in mid-line."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -57,11 +56,6 @@ def drop_torn_line(path: str | Path) -> str:
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n")
     return ""
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinities, which JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def losses(line: dict) -> dict[str, float | None]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import train
 from datasets import Dataset
-from experiment_store import SAMPLE_CLASSES, finite
+from experiment_store import SAMPLE_CLASSES
+from files import finite, read_text
 from scipy.stats import binomtest
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 from transformers import (
@@ -35,7 +36,7 @@ BRACKET_ATOM = re.compile(r"\[[^\]]*\]")
 
 def read_molecules(field: str, path: str | Path) -> list[str]:
     """The SMILES of a file. Raises ValueError for a file without any, and for a line that holds none, or a blank."""
-    molecules = Path(path).read_text(encoding="utf-8").splitlines()
+    molecules = read_text(field, path).splitlines()
     if not molecules:
         raise ValueError(f"`{field}` must hold one SMILES a line, but {path} is empty.")
     for number, smiles in enumerate(molecules, start=1):

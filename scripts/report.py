@@ -47,6 +47,8 @@ def stale_files(texts: dict[Path, str]) -> list[str]:
 def main(arguments: ReportArguments) -> None:
     folder = Path(arguments.output_dir)
     check_text_file("runs", arguments.runs)
+    if not arguments.check:
+        check_folder("output_dir", folder, [f"{Path(path).stem}.md" for path in arguments.experiments])
     lines = read_lines(arguments.runs)
     everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
     texts: dict[Path, str] = {}
@@ -60,7 +62,7 @@ def main(arguments: ReportArguments) -> None:
         if stale := stale_files(texts):
             raise SystemExit(f"Not what {arguments.runs} gives: {', '.join(stale)}. Run `python scripts/report.py`.")
         return
-    check_folder("output_dir", folder, [*(path.name for path in texts), *(picture.file for picture in drawn)])
+    check_folder("output_dir", folder, [picture.file for picture in drawn])
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -148,9 +148,9 @@ def saved_config(checkpoint: Path) -> dict:
 def describe_rows(rows: Dataset) -> str:
     """Number, tokens and digest of the rows: what text, tokenizer and their settings make of each other."""
     digest, tokens = hashlib.sha256(), 0
-    for batch in rows.iter(batch_size=1000):
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
         for ids in batch["input_ids"]:
-            digest.update(np.asarray([len(ids), *ids]).tobytes())
+            digest.update(np.concatenate([[len(ids)], ids]).tobytes())
             tokens += len(ids)
     return f"{len(rows)} rows of {tokens} tokens, sha256 {digest.hexdigest()[:16]}"
 

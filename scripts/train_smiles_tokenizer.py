@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from files import check_folder
 from molecules import read_molecules
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from train_tokenizer import ROOT, SPECIAL_TOKENS, save_tokenizer
@@ -49,6 +50,7 @@ def train_smiles_tokenizer(molecules: Iterable[str]) -> Tokenizer:
 
 
 def main(arguments: SmilesTokenizerArguments):
+    check_folder("output_dir", arguments.output_dir, ("tokenizer.json", "tokenizer_config.json"))
     molecules = read_molecules("train_file", arguments.train_file)
     tokenizer = train_smiles_tokenizer(molecules)
     save_tokenizer(tokenizer, arguments.output_dir, CONTEXT)

@@ -24,6 +24,7 @@ import quickstart
 import report
 import torch
 import train
+import train_smiles_tokenizer
 import train_tokenizer
 from documents import ROOT, run
 from files import check_file, finite, is_finite, write_json
@@ -82,6 +83,13 @@ FOLDERS = {
         (train_tokenizer, "train_tokenizer"),
         lambda path: train_tokenizer.main(train_tokenizer.TokenizerArguments(output_dir=path)),
     ),
+    "train_smiles_tokenizer": (
+        "output_dir",
+        (train_smiles_tokenizer, "train_smiles_tokenizer"),
+        lambda path: train_smiles_tokenizer.main(
+            train_smiles_tokenizer.SmilesTokenizerArguments("x", output_dir=path)
+        ),
+    ),
     "quickstart": (
         "output_dir",
         (train, "build_model"),
@@ -105,6 +113,7 @@ INSIDE = {
     "draw_figures": "cache_grid.png",
     "make_configurations": "tiny/config.json",
     "train_tokenizer": "tokenizer.json",
+    "train_smiles_tokenizer": "tokenizer.json",
     "quickstart": "loss.png",
     "report": "ablations.md",
 }

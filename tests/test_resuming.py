@@ -148,8 +148,8 @@ def test_a_configuration_that_was_changed_in_the_checkpoint_is_refused(text, che
         ({"gradient_accumulation_steps": "2"}, "rows_per_step 2 in place of 4"),
         # The rows of a step are the same, and each pass draws its own dropout.
         ({"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}, "rows_at_once 2 in place of 1"),
-        ({"block_size": "32"}, "training text '[0-9]+ blocks of 64 .* in place of '[0-9]+ blocks of 32"),
-        ({"max_train_samples": "5"}, "training text .* in place of '5 blocks of 64"),
+        ({"block_size": "32"}, "training text '84 rows of 5376 tokens.* in place of '1[67][0-9] rows of 5"),
+        ({"max_train_samples": "5"}, "training text .* in place of '5 rows of 320 tokens"),
     ],
 )
 def test_settings_that_change_the_numbers_are_refused_by_name(changes, found, text, checkpoint):
@@ -203,11 +203,11 @@ def test_the_record_survives_when_callbacks_are_restored(text, whole, checkpoint
     assert resume(text, checkpoint.parent / "resumed" / "checkpoint-4", max_steps="5").state.global_step == 5
 
 
-def test_blocks_are_told_apart_by_their_tokens():
+def test_rows_are_told_apart_by_their_tokens():
     first = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]})
-    assert resuming.describe_blocks(first) == resuming.describe_blocks(Dataset.from_dict(first[:]))
-    for other in ([[1, 2], [4, 3]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1, 2]]):
-        assert resuming.describe_blocks(Dataset.from_dict({"input_ids": other})) != resuming.describe_blocks(first)
+    assert resuming.describe_rows(first) == resuming.describe_rows(Dataset.from_dict(first[:]))
+    for other in ([[1, 2], [4, 3]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1], [2, 3, 4]], [[1, 2]]):
+        assert resuming.describe_rows(Dataset.from_dict({"input_ids": other})) != resuming.describe_rows(first)
 
 
 def test_weights_alone_are_evaluated_without_the_rest(text, checkpoint):
