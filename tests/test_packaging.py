@@ -244,5 +244,5 @@ def test_the_newest_releases_are_asked_for_by_name_alone(installed, tmp_path):
     (code,) = re.findall(r"^NAMES = (.*)$", MAKEFILE, re.MULTILINE)
     names = run_installed(installed, code, tmp_path).split()
     assert not any(Requirement(name).specifier for name in names) and "lm-eval[hf]" in names
-    asked = requirements("train", "eval", "dev")
+    asked = requirements("train", "eval", "dev", "molecules")
     assert {Requirement(name).name for name in names} == {requirement.name for requirement in asked}
