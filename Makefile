@@ -47,7 +47,7 @@ test: $(STAMP)
 
 test-min: export OMP_NUM_THREADS = 1
 test-min: $(STAMP_MIN)
-	.venv-min/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_mutations.py \
+	.venv-min/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_static_cache.py tests/test_mutations.py \
 		tests/test_generation.py tests/test_modeling.py -k "not compile"
 
 fuzz: export OMP_NUM_THREADS = 1
