@@ -5,36 +5,47 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
-STAMP_MIN = .venv-min/.installed
+LATEST = .venv-latest/bin/python
 
-.PHONY: help quickstart test test-min fuzz table memory benchmark results results-run figures clean
+# The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
+OLDEST = 5.17.0
+
+.PHONY: help quickstart test test-min test-version test-latest fuzz table memory benchmark results results-run figures \
+	clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 5 minutes"
 	@echo "make test         linter and tests"
-	@echo "make test-min     cache and reference tests on the oldest supported transformers"
+	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
+	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
+	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX of the same width, with a picture: about 25 minutes"
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
-	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 7 hours in all"
+	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 30 hours in all"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make clean        remove environments and runs"
 
+# A virtual environment in folder $(1), with torch before anything else.
+define environment
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet -c constraints.txt torch
+endef
+
 $(STAMP): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	$(call environment,$(VENV))
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,eval,dev,molecules]"
 	@touch $(STAMP)
 
-# torch first here as well; the rest without constraints.txt, whose transformers is the newest supported.
-$(STAMP_MIN): setup.py constraints.txt
-	$(PYTHON) -m venv .venv-min
-	.venv-min/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv-min/bin/python -m pip install --quiet transformers==5.17.0 pytest pytest-xdist hypothesis
-	@touch $(STAMP_MIN)
+# What another version of transformers needs is pip's choice: constraints.txt is made for the newest.
+.venv-%/.installed: constraints.txt
+	$(call environment,.venv-$*)
+	.venv-$*/bin/python -m pip install --quiet transformers==$* \
+		$$(grep -E '^(hypothesis|pytest|pytest-xdist)==' constraints.txt)
+	@touch $@
 
 quickstart: $(STAMP)
 	$(RUN) scripts/quickstart.py
@@ -45,10 +56,31 @@ test: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-test-min: export OMP_NUM_THREADS = 1
-test-min: $(STAMP_MIN)
-	.venv-min/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_static_cache.py tests/test_mutations.py \
-		tests/test_generation.py tests/test_modeling.py -k "not compile"
+test-min:
+	$(MAKE) test-version TRANSFORMERS=$(OLDEST)
+
+test-version: export OMP_NUM_THREADS = 1
+test-version:
+	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS must name a version: make test-version TRANSFORMERS=5.23.0"; exit 2; }
+	$(MAKE) .venv-$(TRANSFORMERS)/.installed
+	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_mutations.py \
+		tests/test_static_cache.py tests/test_generation.py tests/test_modeling.py tests/test_arguments.py \
+		tests/test_cache_name.py -k "not compile"
+
+# The requirements of setup.py by name alone, so that its bounds hold no new release back.
+NAMES = import importlib.metadata as m, re; print(*(re.match(r"[\w.-]+(\[.*?\])?", r)[0] for r in m.requires("spiralformer")), sep="\n")
+
+# First the newest transformers by itself, then everything else at the newest release that goes with it and with torch.
+test-latest: export OMP_NUM_THREADS = 1
+test-latest:
+	$(call environment,.venv-latest)
+	$(LATEST) -m pip install --quiet --no-deps -e .
+	$(LATEST) -m pip install --quiet --upgrade transformers
+	$(LATEST) -m pip freeze | grep -E '^(torch|transformers)==' > .venv-latest/requirements.txt
+	$(LATEST) -c '$(NAMES)' >> .venv-latest/requirements.txt
+	$(LATEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-latest/requirements.txt
+	$(LATEST) -m pip freeze | grep -E '^(accelerate|lm_eval|peft|torch|transformers|trl)=='
+	$(LATEST) -m pytest -n 2 --dist loadfile
 
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: $(STAMP)
@@ -68,7 +100,7 @@ results: $(STAMP)
 	$(RUN) scripts/report.py
 
 # In the order in which their runs start. Two runs at a time, one core each, use a small machine better than one on both.
-EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long
+EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long molecules_150k molecules_50k
 WORKERS ?= 2
 
 results-run: $(STAMP)
@@ -81,4 +113,4 @@ figures: $(STAMP)
 	$(RUN) scripts/draw_figures.py
 
 clean:
-	rm -rf .venv .venv-min runs
+	rm -rf .venv .venv-* build dist *.egg-info runs

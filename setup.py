@@ -11,21 +11,42 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["modeling_spiralformer"],
+    # The published configurations and the tokenizer lie beside the package here, and inside it in a wheel.
+    packages=["modeling_spiralformer", "modeling_spiralformer.configuration", "modeling_spiralformer.tokenization"],
+    package_dir={
+        "modeling_spiralformer.configuration": "configuration",
+        "modeling_spiralformer.tokenization": "tokenization",
+    },
+    package_data={
+        "modeling_spiralformer.configuration": ["*/config.json"],
+        "modeling_spiralformer.tokenization": ["*.json", "smiles/*.json", "README.md"],
+    },
     python_requires=">=3.11",
-    install_requires=["transformers>=5.17,<6", "torch", "safetensors"],
+    # Bounds are what the tests run on: a lower one is the version of constraints.txt (for transformers, that of `make
+    # test-min`), an upper one excludes the next minor release. Upper ones stand where the model builds on what such a
+    # release may change: the library's own classes, and what PEFT and TRL do to layers.
+    install_requires=["transformers>=5.17,<5.25", "torch>=2.13", "safetensors"],
+    # The commands that these extras are for are in scripts/ of the source tree; a wheel holds none.
     extras_require={
-        "train": ["accelerate", "datasets", "evaluate", "peft", "trl"],
-        "eval": ["evaluate", "lm-eval[hf]"],
-        "dev": [
-            "hypothesis",
+        "train": [
+            "accelerate>=1.15",
+            "datasets",
+            "evaluate",
             "matplotlib",
-            "pytest",
-            "pytest-xdist",
+            "peft>=0.21,<0.22",
             "pyyaml",
-            "ruff",
             "scipy",
             "tokenizers",
+            "trl>=1.16,<1.17",
+        ],
+        "eval": ["evaluate", "lm-eval[hf]>=0.4.13"],
+        "molecules": ["rdkit", "scipy"],
+        "dev": [
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools",
             "torchao",
             "transformers-mlinter",
             "transformers[serving]",

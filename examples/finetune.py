@@ -7,6 +7,7 @@ tokens, so padding changes nothing. Without `--model` it starts from random weig
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from modeling_spiralformer import TOKENIZER_FOLDER, configuration_folder  # registers the Auto classes
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a saved model with its tokenizer")
@@ -29,15 +30,24 @@ parser.add_argument("--output_dir", default="runs/finetuned")
 parser.add_argument("--max_steps", type=int, default=200)
 parser.add_argument("--learning_rate", type=float, default=1e-3)
 arguments = parser.parse_args()
+sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 set_seed(0)
 
-tokenizer = AutoTokenizer.from_pretrained(arguments.model or "tokenization", padding_side="right")
+tokenizer = AutoTokenizer.from_pretrained(arguments.model or TOKENIZER_FOLDER, padding_side="right")
 if arguments.model:
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, output_loading_info=True)
+    if any(loading.values()):  # the library would draw or drop these weights, and warn
+        parser.error(f"--model must hold the weights of its configuration, but loading it gave {loading}")
 else:
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("configuration/tiny"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_folder("tiny")))
 
-lines = [line + tokenizer.eos_token for line in Path(arguments.text).read_text().splitlines() if line.strip()]
+lines = [
+    line + tokenizer.eos_token
+    for line in Path(arguments.text).read_text(encoding="utf-8").splitlines()
+    if line.strip()
+]
+if not lines:
+    parser.error(f"--text must hold a line of text, but {arguments.text} has none")
 data = Dataset.from_dict(tokenizer(lines, truncation=True, max_length=256))
 
 trainer = Trainer(

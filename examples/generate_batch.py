@@ -7,11 +7,11 @@ weights here are random; put the folder of your checkpoint in their place.
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from modeling_spiralformer import TOKENIZER_FOLDER, configuration_folder  # registers the Auto classes
 
 torch.manual_seed(0)
-tokenizer = AutoTokenizer.from_pretrained("tokenization", padding_side="left")
-model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("configuration/tiny")).eval()
+tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER, padding_side="left")
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_folder("tiny"))).eval()
 
 prompts = ["def read(path):", "import", "class Tree:\n    def __init__(self, left, right"]
 batch = tokenizer(prompts, return_tensors="pt", padding=True)

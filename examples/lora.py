@@ -29,10 +29,15 @@ parser.add_argument("--output_dir", default="runs/lora")
 parser.add_argument("--max_steps", type=int, default=200)
 parser.add_argument("--rank", type=int, default=8)
 arguments = parser.parse_args()
+# Before the work: `save_pretrained` writes nothing, and only logs it, where a file is in the way.
+merged_dir = Path(arguments.output_dir) / "merged"
+merged_dir.mkdir(parents=True, exist_ok=True)
 set_seed(0)
 
 tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="right")
-model = AutoModelForCausalLM.from_pretrained(arguments.model)
+model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, output_loading_info=True)
+if any(loading.values()):  # the library would draw or drop these weights, and warn
+    parser.error(f"--model must hold the weights of its configuration, but loading it gave {loading}")
 adapted = get_peft_model(
     model,
     LoraConfig(
@@ -45,7 +50,13 @@ adapted = get_peft_model(
 )
 adapted.print_trainable_parameters()
 
-lines = [line + tokenizer.eos_token for line in Path(arguments.text).read_text().splitlines() if line.strip()]
+lines = [
+    line + tokenizer.eos_token
+    for line in Path(arguments.text).read_text(encoding="utf-8").splitlines()
+    if line.strip()
+]
+if not lines:
+    parser.error(f"--text must hold a line of text, but {arguments.text} has none")
 trainer = Trainer(
     adapted,
     TrainingArguments(
@@ -70,5 +81,5 @@ print(f"loss: first {losses[0]:.3f}, last {losses[-1]:.3f}")
 # Later, elsewhere: the base model, the adapters on it, and one model of both.
 base = AutoModelForCausalLM.from_pretrained(arguments.model)
 merged = PeftModel.from_pretrained(base, arguments.output_dir).merge_and_unload()
-merged.save_pretrained(Path(arguments.output_dir) / "merged")
-tokenizer.save_pretrained(Path(arguments.output_dir) / "merged")
+merged.save_pretrained(merged_dir)
+tokenizer.save_pretrained(merged_dir)

@@ -7,10 +7,10 @@
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import TOKENIZER_FOLDER, SpiralFormerConfig, SpiralFormerForCausalLM
 
 set_seed(0)
-tokenizer = AutoTokenizer.from_pretrained("tokenization")
+tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER)
 config = SpiralFormerConfig(
     vocab_size=len(tokenizer),
     hidden_size=64,

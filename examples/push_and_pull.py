@@ -8,18 +8,16 @@ The repository is made private, and holds the model's code: a machine without th
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from huggingface_hub import create_tag
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from modeling_spiralformer import TOKENIZER_FOLDER, configuration_folder  # registers the Auto classes
 
 repo_id = sys.argv[1]
-root = Path(__file__).parent.parent
-tokenizer = AutoTokenizer.from_pretrained(root / "tokenization", padding_side="left")
-model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root / "configuration/tiny")).eval()
+tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER, padding_side="left")
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_folder("tiny"))).eval()
 
 model.push_to_hub(repo_id, private=True, max_shard_size="1MB")
 tokenizer.push_to_hub(repo_id)

@@ -15,25 +15,34 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from checkpoints import load_config, load_model, load_tokenizer
+from files import check_folder
 from torchao.quantization import Int8WeightOnlyConfig
 from training_arguments import DataArguments
 from training_data import make_blocks
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
-
-import modeling_spiralformer  # noqa: F401  registers the Auto classes
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="checkpoint with a tokenizer, a folder or a name on the Hub")
 parser.add_argument("output_dir")
 parser.add_argument("--keep", nargs="*", default=["lm_head"], help="modules that stay as they are")
-parser.add_argument("--dtype", default="float32", help="of everything that is not quantised")
+parser.add_argument(
+    "--dtype",
+    default="float32",
+    choices=["float32", "bfloat16", "float16"],
+    help="of everything that is not quantised",
+)
 parser.add_argument("--prompt", default="def __init__(self")
 parser.add_argument("--block_size", type=int, default=128)
 parser.add_argument("--max_eval_samples", type=int, default=64)
 parser.add_argument("--validation_file", help="text to measure on; default: held-out files of the standard library")
 arguments = parser.parse_args()
 
-tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+if check_folder("output_dir", arguments.output_dir).resolve() == Path(arguments.model).resolve():
+    parser.error("output_dir must be another folder than that of the model")
+sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+config = load_config(arguments.model, field="model")
+tokenizer = load_tokenizer(arguments.model, config, field="model")
 data = DataArguments(validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples)
 blocks = make_blocks(data, tokenizer, arguments.block_size, ["validation"])["validation"].with_format("torch")
 
@@ -48,7 +57,7 @@ def weights_in_mib(folder: str) -> float:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
 
 
-model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+model = load_model(arguments.model, config, dtype=getattr(torch, arguments.dtype))
 before = perplexity(model)
 quantisation = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=arguments.keep)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, quantization_config=quantisation)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from checkpoints import load_config, load_model, load_tokenizer
 from conversion import to_spiralformer
+from files import check_folder
 from training_arguments import DataArguments
 from training_data import make_blocks
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -38,8 +38,10 @@ parser.add_argument("--train_file", help="text to train on; default: the source 
 arguments = parser.parse_args()
 
 set_seed(42)
-tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-source = AutoModelForCausalLM.from_pretrained(arguments.source, dtype="float32")
+check_folder("output_dir", arguments.output_dir)
+config = load_config(arguments.source, field="source")
+tokenizer = load_tokenizer(arguments.source, config, field="source")
+source = load_model(arguments.source, config)
 prelude, core, coda = arguments.layers
 model = to_spiralformer(
     source,

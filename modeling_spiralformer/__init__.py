@@ -13,6 +13,7 @@ from .modeling_spiralformer import (
     SpiralFormerModel,
     SpiralFormerPreTrainedModel,
 )
+from .published import TOKENIZER_FOLDER, configuration_folder
 
 AutoConfig.register(SpiralFormerConfig.model_type, SpiralFormerConfig, exist_ok=True)
 AutoTokenizer.register(SpiralFormerConfig, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
@@ -22,6 +23,7 @@ for auto_class, model_class in AUTO_CLASSES.items():
 SpiralFormerConfig.register_for_auto_class()
 
 __all__ = [
+    "TOKENIZER_FOLDER",
     "SpiralFormerConfig",
     "SpiralFormerForCausalLM",
     "SpiralFormerForQuestionAnswering",
@@ -29,4 +31,5 @@ __all__ = [
     "SpiralFormerForTokenClassification",
     "SpiralFormerModel",
     "SpiralFormerPreTrainedModel",
+    "configuration_folder",
 ]

@@ -61,7 +61,21 @@ class SpiralFormerTokenLayer(GrowingLayer):
         return self.keys, self.values
 
 
-class SpiralFormerStaticTokenLayer(StaticLayer):
+class UncroppableLayer(StaticLayer):
+    """A layer of a static cache, whose latents know no way back: levels of fixed size keep no past."""
+
+    is_croppable = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises `ValueError` for any count but 0: before a layer of the cache has changed, since all refuse."""
+        if int(tokens_to_remove) != 0:
+            raise ValueError(
+                f"A static cache must not be cropped, but got {int(tokens_to_remove)}: call reset(), or take "
+                "DynamicCache(config=model.config)."
+            )
+
+
+class SpiralFormerStaticTokenLayer(UncroppableLayer):
     """The library's static layer, for `StaticCache`."""
 
     _layer_type = TOKEN_LAYER_TYPE
@@ -154,7 +168,7 @@ class SpiralFormerLatentLayer(GrowingLayer):
         map_rows(self, lambda states: states[indices.to(states.device)])
 
 
-class SpiralFormerStaticLatentLayer(StaticLayer):
+class SpiralFormerStaticLatentLayer(UncroppableLayer):
     """Keys and values over the latents of one (iteration, core layer), of fixed size; for `StaticCache`."""
 
     _layer_type = LATENT_LAYER_TYPE
@@ -191,6 +205,18 @@ class SpiralFormerStaticLatentLayer(StaticLayer):
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             copy_columns(stored, new, filling.first, filling.fresh)
         return self.keys, self.values
+
+    @property
+    def cumulative_length(self) -> torch.Tensor:
+        """Raises `ValueError`: whoever asks for it wants to set it, and the latents would stay where they are."""
+        raise ValueError(
+            "A static cache of latents must not be rewound by its `cumulative_length`, as the wrappers of the library "
+            "for ExecuTorch do: call reset(), and export without a cache."
+        )
+
+    @cumulative_length.setter
+    def cumulative_length(self, value: torch.Tensor) -> None:
+        """Of the library's constructor; the level counts."""
 
     def get_seq_length(self) -> int | torch.Tensor:
         """The number of latent columns that unpadded rows have filled."""

@@ -306,6 +306,13 @@ def check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.Te
             )
 
 
+# Of arguments that no user gave.
+READ_AGAIN = (
+    "generate() gives such ones where it reads a text once more that the cache already holds: assisted and "
+    "prompt-lookup decoding over a filled cache, or a cache of the whole prompt."
+)
+
+
 def wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: torch.Tensor) -> str:
     """The message on `position_ids` that are not those of the row's tokens, all of `(B or 1, S)`."""
     row, column = wrong.nonzero()[0].tolist()
@@ -313,13 +320,13 @@ def wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: to
     return (
         f"`position_ids` must count the tokens of each row, from 0 or from where the cache ends, but got {got} "
         f"in row {row} for a new token that is number {allowed}: chunks are cut by that count. Left out, they are "
-        "counted. generate() gives such ones where it reads a text once more that the cache already holds: assisted "
-        "and prompt-lookup decoding over a filled cache, or a cache of the whole prompt."
+        "counted. " + READ_AGAIN
     )
 
 
 __all__ = [
     "BOUNDARIES",
+    "READ_AGAIN",
     "ChunkGrid",
     "Documents",
     "Filling",

@@ -13,16 +13,23 @@
 # limitations under the License.
 """Configuration of SpiralFormer: a looped Transformer whose shared core runs once per resolution."""
 
+import dataclasses
+import difflib
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
 
 from .cache_name_spiralformer import CACHE_NAME
+
+# A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Layer types of the KV cache, as `cache_spiralformer` registers them. A digest of the code is part of the name: other
 # code, that came with a checkpoint, then has cache layers of its own. The name of the module would not do: the
@@ -35,8 +42,26 @@ LATENT_LAYER_TYPE = f"spiralformer_latent_attention_{VERSION}"
 DOWN_SCALINGS = ("self_aggregation", "mean")
 UP_SCALINGS = ("allocation", "broadcast")
 TOPOLOGIES = ("mesh", "anchor", "residual", "base")
-# Types whose angles do not depend on the length seen so far: with the others a cached key would go stale.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# Types whose angles do not depend on the length seen so far (with the others a cached key would go stale), each with
+# the parameters that it has beside those of every type.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+    + ("mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+ROPE_PARAMETERS = ("rope_type", "rope_theta", "partial_rotary_factor")
+# Older names of rotary parameters, at the top of a configuration or in its rotary dictionaries; the last only there.
+LEGACY_ROPE_NAMES = {
+    "rotary_emb_base": "rope_theta",
+    "rope_theta": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "partial_rotary_factor": "partial_rotary_factor",
+}
+NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+# How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
+MISSPELT = 0.8
 
 
 def refuse(field: str, value: object, allowed: str) -> None:
@@ -141,6 +166,64 @@ class SpiralFormerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        for fault in self.misspelt_fields(kwargs):
+            logger.warning(f"SpiralFormerConfig: {fault}")
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+                refuse(name, dtype, "None or a floating-point dtype of torch")
+        if self.id2label is not None:
+            numbers = [str(number) for number in self.id2label] if isinstance(self.id2label, dict) else []
+            if not numbers or set(numbers) != {str(number) for number in range(len(numbers))}:
+                refuse("id2label", self.id2label, "None or the names of the labels 0, 1, 2, ...")
+        if not isinstance(self.label2id, dict | None):
+            refuse("label2id", self.label2id, "None or the numbers of the labels")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the library does, with a warning for everything that no saved configuration is like."""
+        for fault in cls.find_faults(config_dict, given=kwargs) + cls.misspelt_fields(kwargs):
+            logger.warning(f"SpiralFormerConfig: {fault}")
+        # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
+        older = {name: kwargs.pop(name) for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
+        return super().from_dict(config_dict | older, **kwargs)
+
+    @classmethod
+    def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
+        """One sentence for each of `names` that nothing knows and that is nearly the name of a field."""
+        fields = [item.name for item in dataclasses.fields(cls)] + ["model_type", "rope_scaling", *LEGACY_ROPE_NAMES]
+        known = {*fields, *dir(cls), "sep_token_id"}  # the last of many other models
+        faults = []
+        for name in names:
+            meant = difflib.get_close_matches(name.lower().replace("-", "_"), fields, n=1, cutoff=MISSPELT)
+            if meant and name not in known:
+                faults.append(f"`{name}` is no field and changes nothing; `{meant[0]}` is one.")
+        return faults
+
+    @classmethod
+    def find_faults(cls, config_dict: dict, given: Iterable[str] = ()) -> list[str]:
+        """One sentence for each field that every saved configuration holds and neither `config_dict` nor `given` does.
+
+        And one where the names of the labels disagree.
+        """
+        common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
+        own = [item for item in dataclasses.fields(cls) if item.name not in common]
+        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given}]
+        if "rope_parameters" in config_dict:
+            rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
+            given = [parameters for parameters in rotary if isinstance(parameters, dict)]
+            given.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
+            named = {NESTED_ROPE_NAMES.get(name, name) for part in given for name in part if part[name] is not None}
+            missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
+        faults = [f"{field} is missing and takes its default." for field in missing]
+        names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
+        both = isinstance(names, dict) and isinstance(numbers, dict)
+        if both and {str(number): name for name, number in numbers.items()} != {str(n): names[n] for n in names}:
+            faults.append("`label2id` is not `id2label` the other way round.")
+        return faults
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
@@ -268,14 +351,16 @@ class SpiralFormerConfig(PreTrainedConfig):
         Fills in the defaults first: an override at `from_pretrained` arrives without them.
         """
         self.convert_rope_params_to_dict()
-        for field in ("rope_theta", "factor"):
-            if field in self.rope_parameters:
-                check_positive(f"rope_parameters['{field}']", self.rope_parameters[field])
         rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in ROPE_TYPES:
+        if rope_type not in list(ROPE_TYPES):  # a list takes what has no hash
             refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")
+        allowed = [*ROPE_PARAMETERS, *ROPE_TYPES[rope_type]]
+        for field, value in self.rope_parameters.items():
+            if field not in allowed:
+                refuse(f"rope_parameters[{field!r}]", value, f"left out: rope_type {rope_type!r} has {allowed}")
+            if field not in ("rope_type", "truncate"):
+                check_positive(f"rope_parameters['{field}']", value)
         share, head_size = self.rope_parameters["partial_rotary_factor"], self.hidden_size // self.num_attention_heads
-        check_positive("rope_parameters['partial_rotary_factor']", share)
         rotary_dims = int(head_size * share)
         if share > 1 or rotary_dims < 2 or rotary_dims % 2:
             allowed = f"in (0, 1] and give an even number >= 2 of the {head_size} dimensions of a head"
@@ -294,17 +379,18 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs):
         """Fills in GPT-NeoX's rotary defaults: theta 10000, a quarter of each head (the library's would be all)."""
-        given = [parameters for parameters in (self.rope_parameters, kwargs.pop("rope_scaling", None)) if parameters]
-        names = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta"}
-        names |= {"partial_rotary_factor": "partial_rotary_factor", "rotary_pct": "partial_rotary_factor"}
-        given += [{names[name]: kwargs.pop(name)} for name in list(kwargs) if name in names]
+        given = {"rope_parameters": self.rope_parameters, "rope_scaling": kwargs.pop("rope_scaling", None)}
+        given |= {name: {name: kwargs.pop(name)} for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
         merged: dict = {}
-        for parameters in given:
-            for name, value in parameters.items():
+        for source, parameters in given.items():
+            if parameters is not None and not isinstance(parameters, dict):
+                refuse(source, parameters, "None or a dict")
+            for name, value in (parameters or {}).items():
+                name = NESTED_ROPE_NAMES.get(name, name)
                 if isinstance(value, dict):
-                    refuse(f"rope_parameters[{name!r}]", value, "one value for all layers")
+                    refuse(f"{source}[{name!r}]", value, "one value for all layers")
                 if value is not None and merged.setdefault(name, value) != value:
-                    refuse(f"rope_parameters[{name!r}]", value, f"given once, and was {merged[name]!r} before")
+                    refuse(f"{source}[{name!r}]", value, f"given once, and was {merged[name]!r} before")
         self.rope_parameters = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **merged}
         self.standardize_rope_params()
         return kwargs

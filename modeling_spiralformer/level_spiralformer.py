@@ -86,15 +86,20 @@ def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, ori
     return stored
 
 
-def copy_columns(stored: torch.Tensor, new: torch.Tensor, first: torch.Tensor, fresh: torch.Tensor | None) -> None:
-    """Writes `(B, ..., K, D)` into the columns from `first` (a tensor) on, of a store of fixed address.
+def copy_columns(
+    stored: torch.Tensor, new: torch.Tensor, first: int | torch.Tensor, fresh: torch.Tensor | None
+) -> None:
+    """Writes `(B, ..., K, D)` into the columns from `first` on, of a store of fixed address.
 
     Args:
         stored: `(B, ..., columns, D)`.
         fresh: `(B or 1, K)`, False where a column keeps what it had; None where all are written.
     """
     count = new.shape[-2]
-    columns = first[None] if count == 1 else first + torch.arange(count, device=new.device)
+    if count == 1 and isinstance(first, torch.Tensor):
+        columns = first[None]
+    else:
+        columns = torch.arange(count, device=new.device) + first
     if fresh is not None:
         new = torch.where(fresh.view(-1, *[1] * (new.dim() - 3), count, 1), new, stored.index_select(-2, columns))
     stored.index_copy_(-2, columns, new)
@@ -441,7 +446,10 @@ class StaticLevel(Level):
         """As many latent columns as `length` tokens can touch, moved back where they would pass the last column."""
         pads, size, end = self._pads(), self.grid.size, self.column + length
         count = min((length + size - 2) // size + 1, self.max_latents)
-        first = (self.column // size).clamp(max=self.max_latents - count)
+        if self.seen is None:
+            first = (self.column // size).clamp(max=self.max_latents - count)
+        else:  # an integer where it is known: in eager calls the library looks at it
+            first = min((self.seen - length) // size, self.max_latents - count)
         latents = first + torch.arange(count, device=pads.device)
         fill_columns = latents * size + self.grid.phase(pads)
         member_columns = fill_columns[..., None] + torch.arange(1 - size, 1, device=pads.device)

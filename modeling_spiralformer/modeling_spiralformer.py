@@ -21,6 +21,8 @@ of a level, G tokens in a chunk, D hidden size, T iterations, N slots of MeSH.
 """
 
 import math
+import sys
+from functools import wraps
 
 import torch
 from torch import nn
@@ -34,8 +36,20 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -53,6 +67,7 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import SlotView, bind_levels, settle_levels
 from .chunking_spiralformer import (
     BOUNDARIES,
+    READ_AGAIN,
     ChunkGrid,
     Documents,
     Filling,
@@ -174,6 +189,17 @@ class SpiralFormerMeSH(nn.Module):
         return hidden, written
 
 
+def name_peft_targets(model_type: str) -> None:
+    """Gives `model_type` the default `target_modules` of GPT-NeoX, whose layers these are, in every tuner of PEFT.
+
+    Nothing where PEFT is not loaded, and nothing is loaded for it: PEFT then asks for `target_modules`.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for mapping in vars(constants).values() if constants else ():
+        if isinstance(mapping, dict) and "gpt_neox" in mapping:
+            mapping.setdefault(model_type, mapping["gpt_neox"])
+
+
 @auto_docstring
 class SpiralFormerPreTrainedModel(PreTrainedModel):
     """What all SpiralFormer models share: validation of the configuration, initialisation, capability flags."""
@@ -197,6 +223,10 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         ],
         "attentions": GPTNeoXAttention,
     }
+
+    def post_init(self):
+        super().post_init()
+        name_peft_targets(self.config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""
@@ -281,6 +311,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         every_row = meet_adapters(self)
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
+            raise ValueError(
+                f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
+                "levels run in a step is decided by Python integers."
+            )
         if self._checkpoints_layers():
             if cache is not None:
                 raise ValueError(
@@ -438,12 +473,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         known, settled = (levels[0].padding, levels[0].settled) if levels else (None, False)
         static = cache is not None and cache.is_compileable
         if attention_mask is not None:
-            most = cache.layers[-1].get_max_length() if static else None
-            attention_mask = self._check_mask_shape(attention_mask, batch, past + length, most)
+            most = cache.layers[-1].get_max_length() if static else past + length
+            attention_mask = self._check_mask_shape(attention_mask, batch, past, length, most)
             attention_mask = attention_mask.to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
-        compiling = is_torchdynamo_compiling()
+        compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
         trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
         if attention_mask is None or trusted:
             # The masks of a static cache have the length of its store.
@@ -481,18 +516,19 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         return known, attention_mask if padded or right_padded else None, right_padded, past
 
     def _check_mask_shape(
-        self, attention_mask: torch.Tensor, batch: int, columns: int | torch.Tensor, most: int | None
+        self, attention_mask: torch.Tensor, batch: int, past: int | torch.Tensor, length: int, most: int
     ) -> torch.Tensor:
-        """The mask `(batch, columns)`, also out of one that has all the `most` columns of a static cache."""
+        """The mask `(batch, past + length)`, also out of one that has all the `most` columns of a static cache."""
         if not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
-        shape = tuple(attention_mask.shape)
-        counted = isinstance(columns, int)  # a compiled call with a static cache does not look at how many there are
+        shape, columns = tuple(attention_mask.shape), past + length
+        counted = isinstance(past, int)  # a compiled call with a static cache does not look at how many there are
         if len(shape) != 2 or shape[0] != batch or (counted and shape[1] not in (columns, most)):
+            wanted = (batch, columns if counted else most)
             raise ValueError(
-                f"`attention_mask` must have shape {(batch, columns)} (rows, past and new tokens), but got "
-                f"{shape}. Masks of 4 dimensions are not supported: chunks need to know which "
-                "tokens are real, not who attends to whom."
+                f"`attention_mask` must have shape {wanted} (rows, past and new tokens), but got {shape}. Masks of 4 "
+                "dimensions are not supported: chunks need to know which tokens are real, not who attends to whom. "
+                f"{READ_AGAIN if counted and past else ''}".rstrip()
             )
         return attention_mask[:, :columns] if counted else attention_mask
 
@@ -530,7 +566,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if token_mask is not None:
             real = token_mask[:, past + torch.arange(length, device=token_mask.device)].bool()
             wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
-        compiling = is_torchdynamo_compiling() and given_cache is not None
+        compiling = (is_torchdynamo_compiling() and given_cache is not None) or torch.jit.is_tracing()
         if compiling or (length == 1 and counted.device.type != "cpu"):
             torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
             return None
@@ -659,6 +695,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         room = cache.layers[-1].get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(0, room)))
 
+    def _get_name(self) -> str:
+        """The name by which `Trainer` finds that labels are shifted, also in a subclass such as those of FSDP."""
+        return SpiralFormerForCausalLM.__name__
+
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: paged attention packs rows into one, chunks would span them, and its cache has no latents."""
         raise NotImplementedError(
@@ -723,21 +763,85 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         return outputs
 
 
-class SpiralFormerForSequenceClassification(GenericForSequenceClassification, SpiralFormerPreTrainedModel):
-    """SpiralFormer with a head for one label per row, read at its last token; the library's generic head."""
+class SpiralFormerHead:
+    """What the library's generic heads lack.
+
+    They build their body by `AutoModel`. From a folder the library loads the code of configuration and model as two
+    packages, so that `config` may be of a copy of the class, which `AutoModel` has to know as well.
+    """
+
+    def __init__(self, config: SpiralFormerConfig):
+        AutoModel.register(type(config), SpiralFormerModel, exist_ok=True)
+        super().__init__(config)
 
 
-class SpiralFormerForTokenClassification(GenericForTokenClassification, SpiralFormerPreTrainedModel):
-    """SpiralFormer with a head for one label per token; the library's generic head."""
+class SpiralFormerForSequenceClassification(
+    SpiralFormerHead, GenericForSequenceClassification, SpiralFormerPreTrainedModel
+):
+    """SpiralFormer with a head for one label per row, read at its last token; the library's generic head.
+
+    `num_items_in_batch`, the labels in all parts of an accumulated step, divides the loss of each part. `Trainer`
+    gives it to every forward that takes `**kwargs`; the generic head hands it to no loss.
+    """
+
+    @can_return_tuple
+    @wraps(GenericForSequenceClassification.forward, assigned=())
+    @auto_docstring
+    def forward(
+        self,
+        *inputs,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
+        """
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        if labels is None:
+            return outputs
+        options = {"labels": labels, "pooled_logits": outputs.logits, "config": self.config}
+        loss = self.loss_function(**options, num_items_in_batch=num_items_in_batch)
+        # The library divides the loss of one label per row; a regression and several labels stay means of their part.
+        if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+            counted = labels.ne(-100).sum()  # as Trainer counts
+            if counted < labels.numel() and counted != num_items_in_batch:
+                raise ValueError(
+                    f"`labels` must not hold -100 for a {self.config.problem_type} in a step of several parts, since "
+                    "Trainer counts that as no label. Shift or scale the labels."
+                )
+            loss = loss * counted / num_items_in_batch
+        return SequenceClassifierOutputWithPast(loss=loss, **outputs)
 
 
-class SpiralFormerForQuestionAnswering(GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
+class SpiralFormerForTokenClassification(SpiralFormerHead, GenericForTokenClassification, SpiralFormerPreTrainedModel):
+    """SpiralFormer with a head for one label per token; the library's generic head, `num_items_in_batch` as above."""
+
+    @can_return_tuple
+    @wraps(GenericForTokenClassification.forward, assigned=())
+    @auto_docstring
+    def forward(
+        self,
+        *inputs,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
+        """
+        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        if labels is None:
+            return outputs
+        loss = self.loss_function(outputs.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, **outputs)
+
+
+class SpiralFormerForQuestionAnswering(SpiralFormerHead, GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
     """SpiralFormer with a head for start and end of a span; the library's generic head."""
 
-
-# The library's heads build their body by `AutoModel`, and a copy of this file that came with a checkpoint has no
-# package to register it.
-AutoModel.register(SpiralFormerConfig, SpiralFormerModel, exist_ok=True)
 
 # The class that each Auto class stands for, here and in a saved `config.json`.
 AUTO_CLASSES = {
@@ -747,6 +851,17 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": SpiralFormerForSequenceClassification,
     "AutoModelForTokenClassification": SpiralFormerForTokenClassification,
 }
+
+# `Trainer` (label smoothing), the server, the model card and lm-eval ask these lists of names what a class is for. A
+# name loads nothing. docs/finetuning.md has every place that decides by one.
+for names, model_class in (
+    (MODEL_MAPPING_NAMES, SpiralFormerModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SpiralFormerForCausalLM),
+    (MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, SpiralFormerForQuestionAnswering),
+    (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SpiralFormerForSequenceClassification),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, SpiralFormerForTokenClassification),
+):
+    names[SpiralFormerConfig.model_type] = model_class.__name__
 
 __all__ = [
     "AUTO_CLASSES",

@@ -7,13 +7,11 @@ Every sample is one round through all models, so that a slow moment of the machi
 within a run mean anything. `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
 """
 
-import json
 import os
 import platform
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import transformers
@@ -29,6 +27,7 @@ from benchmark_workloads import (
     step_weight_bytes,
     training_peak_bytes,
 )
+from files import check_file, write_json
 from tqdm import tqdm
 from training_arguments import ROOT, check_counts
 from transformers import HfArgumentParser, PreTrainedModel
@@ -51,6 +50,7 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         check_counts(self, "repeats", "threads")
+        check_file("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,15 @@ def current_commit() -> str:
     """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def load() -> tuple[float, ...] | None:
+    """Processes that wait for a core, the mean over 1, 5 and 15 minutes; None where the system does not count them."""
+    return os.getloadavg() if hasattr(os, "getloadavg") else None  # Windows does not
 
 
 def machine(device: torch.device) -> dict:
@@ -209,7 +214,7 @@ def machine(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
+        "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -225,11 +230,9 @@ def run(grids: tuple[Grid, ...], arguments: BenchmarkArguments) -> dict:
     device, started = torch.device(arguments.device), time.time()
     results = {"machine": machine(device), "repeats": arguments.repeats}
     results["grids"] = [measure_grid(grid, device, arguments.repeats) for grid in grids]
-    results |= {"load_at_end": os.getloadavg(), "minutes": (time.time() - started) / 60}
-    path = Path(arguments.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results))
-    print(f"samples: {path} ({results['minutes']:.1f} minutes)")
+    results |= {"load_at_end": load(), "minutes": (time.time() - started) / 60}
+    write_json(arguments.output, results)
+    print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")
     return results
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cache_memory import layer_bytes
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
@@ -239,6 +239,14 @@ def step_weight_bytes(model: PreTrainedModel, context: int) -> float:
     steps = [decode_calls(model, column, [0]) for column in range(context, context + DECODE_STEPS)]
     called = sum(p.nbytes for calls in steps for call in calls for p in call.layer.parameters())
     return outside + called / DECODE_STEPS
+
+
+def layer_bytes(layer: CacheLayerMixin) -> int:
+    """Bytes of memory behind the states of a cache layer, what is spare of it included."""
+    states = [layer.keys, layer.values]
+    if getattr(layer, "owns_level", False):
+        states += [layer.level.tokens, layer.level.latents]
+    return sum(state.untyped_storage().nbytes() for state in states if state is not None)
 
 
 def held_bytes(model: PreTrainedModel, length: int) -> int:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from benchmark_workloads import layer_bytes
+from checkpoints import load_config
+from files import PICTURES, check_file
+from matching import layer_equivalents
+from training_arguments import check_counts
 from transformers import DynamicCache, HfArgumentParser
-from transformers.cache_utils import CacheLayerMixin
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -28,8 +32,15 @@ class MemoryArguments:
     config: str = field(metadata={"help": "Folder or Hub name of a SpiralFormer configuration."})
     context_length: int = field(default=2048, metadata={"help": "Tokens in the cache."})
     batch_size: int = field(default=1, metadata={"help": "Rows in the cache."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Type of the states: float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Type of the states.", "choices": ["float32", "bfloat16", "float16"]},
+    )
     plot: str = field(default="runs/cache_memory.png", metadata={"help": "Where to draw the bar chart."})
+
+    def __post_init__(self):
+        check_counts(self, "context_length", "batch_size")
+        check_file("plot", self.plot, PICTURES)
 
 
 def cache_bytes(config: SpiralFormerConfig, length: int, batch: int, dtype: torch.dtype) -> dict[str, int]:
@@ -48,14 +59,6 @@ def cache_bytes(config: SpiralFormerConfig, length: int, batch: int, dtype: torc
     return held
 
 
-def layer_bytes(layer: CacheLayerMixin) -> int:
-    """Bytes of memory behind the states of a cache layer, what is spare of it included."""
-    states = [layer.keys, layer.values]
-    if getattr(layer, "owns_level", False):
-        states += [layer.level.tokens, layer.level.latents]
-    return sum(state.untyped_storage().nbytes() for state in states if state is not None)
-
-
 def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
     """The looped and the plain model that call attention as often, every time on all tokens."""
     fields = {name: value for name, value in config.to_dict().items() if name in SpiralFormerConfig().to_dict()}
@@ -67,12 +70,6 @@ def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
         "looped, all at full resolution": SpiralFormerConfig(**{**fields, **looped}),
         "plain, of equal depth": SpiralFormerConfig(**{**fields, **plain}),
     }
-
-
-def layer_equivalents(config: SpiralFormerConfig) -> float:
-    """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
-    reads = sum(1 / size for size in config.chunk_sizes)
-    return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * reads
 
 
 def formula_bytes(config: SpiralFormerConfig, length: int, batch: int, itemsize: int) -> float:
@@ -105,7 +102,9 @@ def draw(measured: dict[str, dict[str, int]], title: str, path: str) -> None:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
-    config = SpiralFormerConfig.from_pretrained(arguments.config)
+    config = load_config(arguments.config, field="config")
+    if not isinstance(config, SpiralFormerConfig):
+        raise ValueError(f"`config` must be that of a SpiralFormer, but got `model_type` {config.model_type!r}.")
     dtype = getattr(torch, arguments.dtype)
     size = (arguments.context_length, arguments.batch_size, dtype)
     models = {"this model": config, **equal_depth(config)}

@@ -6,14 +6,23 @@ Trains a small GPT-NeoX on the source of the Python standard library, starts Spi
 and from random weights, and trains each of them for the same few steps on the same blocks of text.
 """
 
+import math
 import statistics
 from dataclasses import dataclass, field
 
 from checkpoints import parse_overrides
 from conversion import to_spiralformer
 from datasets import Dataset
+from files import check_folder
 from tables import markdown_table
-from training_arguments import ROOT, DataArguments, SpiralTrainingArguments
+from training_arguments import (
+    LARGEST_SEED,
+    ROOT,
+    DataArguments,
+    SpiralTrainingArguments,
+    check_counts,
+    check_numbers,
+)
 from training_data import make_blocks
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +34,8 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+
+OUTPUT = ROOT / "runs" / "compare_starts"  # Trainer makes it, and nothing is saved there
 
 
 @dataclass
@@ -48,6 +59,15 @@ class ComparisonArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Held-out text that goes with train_file."})
     starts: list[str] | None = field(default=None, metadata={"help": "Only the starts of these names. Default: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One source and comparison each."})
+
+    def __post_init__(self):
+        check_counts(self, "hidden_size", "num_hidden_layers", "source_steps", "max_steps", "block_size", "batch_size")
+        check_counts(self, "max_eval_samples")
+        check_numbers(self, source_learning_rate=(0, math.inf), learning_rate=(0, math.inf))
+        for seed in self.seeds:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {seed}.")
+        check_folder("output_dir", OUTPUT)
 
 
 def new_source(arguments: ComparisonArguments, vocab_size: int) -> PreTrainedModel:
@@ -99,7 +119,7 @@ def make_trainer(
 ) -> Trainer:
     """The paper's optimiser on the given blocks, nothing saved."""
     training = SpiralTrainingArguments(
-        output_dir=str(ROOT / "runs" / "compare_starts"),  # nothing is saved there
+        output_dir=str(OUTPUT),
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         save_strategy="no",

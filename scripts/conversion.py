@@ -23,6 +23,8 @@ from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
 
 # How firmly the routers of a converted model start at one slot: its share is e^b / (e^b + N - 1) of N slots.
 ROUTER_BIAS = 6.0
+# Beyond this a share differs from 0 and 1 by less than any dtype holds, and the router could not learn.
+ROUTER_BIAS_RANGE = (0.0, 100.0)
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -216,6 +218,9 @@ def to_spiralformer(
         ValueError: naming what does not fit, in the source's configuration, the split or the core.
     """
     config = spiral_config(source.config, **options)
+    low, high = ROUTER_BIAS_RANGE
+    if not low <= router_bias <= high:
+        refuse("router_bias", router_bias, f"a number in [{low:g}, {high:g}]")
     layers = source.gpt_neox.layers
     groups = default_core_layers(config, len(layers)) if core_layers is None else core_layers
     check_core_layers(groups, config, len(layers))

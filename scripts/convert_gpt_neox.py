@@ -4,16 +4,18 @@ python scripts/convert_gpt_neox.py --model_name_or_path EleutherAI/pythia-160m -
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from checkpoints import load_model, parse_overrides
-from conversion import ROUTER_BIAS, parse_core_layers, to_gpt_neox, to_spiralformer
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
-from transformers.utils import cached_file
+from checkpoints import has_tokenizer, load_config, load_model, load_tokenizer, parse_overrides
+from conversion import ROUTER_BIAS, ROUTER_BIAS_RANGE, parse_core_layers, to_gpt_neox, to_spiralformer
+from files import check_folder
+from training_arguments import LARGEST_SEED, check_numbers
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
+from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
 
 SOURCES = {"spiralformer": "gpt_neox", "gpt_neox": "spiralformer"}
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass
@@ -44,6 +46,7 @@ class ConversionArguments:
     seed: int = field(default=42, metadata={"help": "For the parameters that the source does not have."})
 
     def __post_init__(self):
+        check_numbers(self, router_bias=ROUTER_BIAS_RANGE, seed=(0, LARGEST_SEED))
         if self.to == "gpt_neox":
             for name in ("config_overrides", "core_layers", "router_bias"):
                 if getattr(self, name) is not None:
@@ -52,18 +55,27 @@ class ConversionArguments:
 
 def load_source(name_or_path: str, model_type: str) -> PreTrainedModel:
     """A checkpoint with all of its weights, in its own dtype; refused where it is another architecture."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_config(name_or_path)
     if config.model_type != model_type:
         refuse(
             "model_name_or_path", name_or_path, f'a checkpoint of model_type "{model_type}", not "{config.model_type}"'
         )
-    return load_model(name_or_path, config, dtype="auto", allow_unused=False)
+    return load_model(name_or_path, config, dtype="auto")
+
+
+def source_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the source, carried as it is; None where the source has none."""
+    return load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
 
 
 def convert(arguments: ConversionArguments) -> PreTrainedModel:
     """Reads, converts and writes; returns the converted model."""
+    output = check_folder("output_dir", arguments.output_dir)
+    if output.resolve() == Path(arguments.model_name_or_path).resolve():
+        refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
     source = load_source(arguments.model_name_or_path, SOURCES[arguments.to])
+    tokenizer = source_tokenizer(arguments.model_name_or_path)
     if arguments.to == "gpt_neox":
         converted = to_gpt_neox(source)
     else:
@@ -71,23 +83,18 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         router_bias = ROUTER_BIAS if arguments.router_bias is None else arguments.router_bias
         overrides = parse_overrides(arguments.config_overrides)
         converted = to_spiralformer(source, core_layers, router_bias, **overrides)
+        if arguments.router_bias is not None and not isinstance(converted.model.topology, SpiralFormerMeSH):
+            refuse("router_bias", arguments.router_bias, "left out of a model without routers of MeSH")
     converted.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(arguments.output_dir)
     return converted
-
-
-def carry_tokenizer(name_or_path: str, output_dir: str) -> bool:
-    """Writes the source's tokenizer beside the converted model; False where the source has none."""
-    found = (cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES)
-    if not any(found):
-        return False
-    AutoTokenizer.from_pretrained(name_or_path).save_pretrained(output_dir)
-    return True
 
 
 def main(arguments: ConversionArguments) -> None:
     converted = convert(arguments)
     print(f"{type(converted).__name__}, {converted.num_parameters() / 1e6:.2f}M parameters: {arguments.output_dir}")
-    if not carry_tokenizer(arguments.model_name_or_path, arguments.output_dir):
+    if not has_tokenizer(arguments.model_name_or_path):
         print(f"{arguments.model_name_or_path} has no tokenizer: none was written")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+from files import check_folder
 from transformers import HfArgumentParser
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
@@ -229,7 +230,7 @@ def draw_cache_grid(path: Path) -> None:
 
 
 def main(arguments: FigureArguments) -> None:
-    folder = Path(arguments.output_dir)
+    folder = check_folder("output_dir", arguments.output_dir, ("architecture.png", "cache_grid.png"))
     folder.mkdir(parents=True, exist_ok=True)
     draw_architecture(folder / "architecture.png")
     draw_cache_grid(folder / "cache_grid.png")

@@ -1,16 +1,15 @@
 """What `evaluate.py` runs: sliding-window perplexity of texts, LAMBADA through lm-evaluation-harness, one table."""
 
-import json
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
 import torch
-from checkpoints import check_tokenizer, load_config, load_model
+from checkpoints import load_config, load_model, load_tokenizer
+from files import check_file, write_json
 from training_arguments import ROOT, check_counts
 from training_data import load_file
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 METRIC = ROOT / "scripts" / "metrics" / "sliding_window_perplexity"
 TASKS = ROOT / "scripts" / "tasks"
@@ -48,6 +47,8 @@ class EvaluationArguments:
         if not self.text_files and self.lambada_folder is None:
             raise ValueError("`text_files` or `lambada_folder` must be given, but got neither.")
         check_counts(self, "batch_size", "limit")
+        if self.output_file is not None:
+            check_file("output_file", self.output_file)
 
 
 def choose_window(window: int | None, longest: int) -> int:
@@ -62,8 +63,7 @@ def choose_window(window: int | None, longest: int) -> int:
 def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32, on the accelerator where there is one, and its tokenizer."""
     config = load_config(arguments.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
-    check_tokenizer(tokenizer, config)
+    tokenizer = load_tokenizer(arguments.tokenizer_name, config)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     model = load_model(arguments.model_name_or_path, config).to(accelerator or "cpu")
     return model.eval(), tokenizer
@@ -72,8 +72,6 @@ def load(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrainedTok
 def evaluate_text(path: str, model, tokenizer, arguments: EvaluationArguments) -> dict:
     """Sliding-window figures of the documents of one file."""
     texts = load_file("text_files", path)
-    if "text" not in texts.column_names:
-        raise ValueError(f"`text_files` must have a column `text`, but {path!r} has {texts.column_names}.")
     if arguments.limit is not None:
         texts = texts.select(range(min(arguments.limit, len(texts))))
     metric = evaluate.load(str(METRIC))
@@ -131,21 +129,20 @@ def format_table(figures: dict[str, dict]) -> str:
 
 
 def run(arguments: EvaluationArguments) -> dict[str, dict]:
-    """All figures by file name, LAMBADA last; written to `output_file` where one is named."""
+    """All figures by file name, LAMBADA last."""
     model, tokenizer = load(arguments)
     figures = {path: evaluate_text(path, model, tokenizer, arguments) for path in arguments.text_files}
     if arguments.lambada_folder is not None:
         figures["LAMBADA"] = evaluate_lambada(model, tokenizer, arguments)
-    if arguments.output_file is not None:
-        Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output_file).write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
 def main(argv: list[str]) -> dict[str, dict]:
-    """Evaluates what the command line names, prints the table and returns the figures."""
+    """Evaluates what the command line names, prints the table, writes the figures and returns them."""
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     figures = run(arguments)
     print(format_table(figures))
+    if arguments.output_file is not None:
+        write_json(arguments.output_file, figures, indent=1)
     return figures

@@ -6,7 +6,6 @@ Can be killed at any moment and started again: finished runs are skipped, others
 `python scripts/report.py` makes tables and plots of the lines.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -22,9 +21,13 @@ import torch
 from benchmark import machine
 from experiment_plan import Experiment, Run, load_experiment
 from experiment_run import train_run
-from experiment_store import append_line, drop_torn_line, read_lines
+from experiment_store import append_line, drop_torn_line, losses, read_lines
+from filelock import FileLock, Timeout
+from files import check_file, check_folder
+from molecules import check_rdkit, read_molecules
 from tqdm import tqdm
-from train_tokenizer import save_tokenizer, train_tokenizer
+from train_smiles_tokenizer import split, train_smiles_tokenizer
+from train_tokenizer import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 from training_arguments import ROOT, check_counts
 from training_data import load_file
 from transformers import HfArgumentParser
@@ -52,6 +55,8 @@ class ExperimentArguments:
 
     def __post_init__(self):
         check_counts(self, "workers", "threads")
+        check_file("lines", self.lines)
+        check_folder("runs_dir", self.runs_dir)
 
 
 # -- in a worker's process ------------------------------------------------------------------------------------------
@@ -88,22 +93,22 @@ def work(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path) -> dict:
 
 @contextmanager
 def held(name: str, path: Path):
-    """Holds a file for one runner: two would train the same runs. The lock ends with the process, however it ends."""
+    """Holds a path for one runner: two would train the same runs. The lock ends with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"`{name}` must not be in use, but another runner works with {path}.") from error
-        yield
+    try:
+        with FileLock(f"{path}.lock", timeout=0):  # a file beside it: what is locked is not written on Windows
+            yield
+    except Timeout as error:
+        raise ValueError(f"`{name}` must not be in use, but another runner works with {path}.") from error
 
 
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
-    """File name and SHA-256 of each text of an experiment. Raises FileNotFoundError where one is missing."""
+    """File name and SHA-256 of each text of an experiment. Raises an error that names it where it cannot be read."""
     described = {}
     for name, file in experiment.text.items():
         if not (data_dir / file).is_file():
             raise FileNotFoundError(f"`data_dir` must hold {file}, the {name} text of {experiment.name}: {data_dir}.")
+        load_file(name, str(data_dir / file))
         described[name] = {"file": file, "sha256": hashlib.sha256((data_dir / file).read_bytes()).hexdigest()}
     return described
 
@@ -118,13 +123,33 @@ def check_same_text(text: dict, lines: list[dict], experiment: Experiment) -> No
             )
 
 
+def check_molecules(experiment: Experiment, data_dir: Path) -> None:
+    """Refuses molecules that differ in number of tokens, or in mean length, from what costs and budget count on."""
+    path = data_dir / experiment.text["train"]
+    lengths, tokens = [], set()
+    for smiles in read_molecules("train", path):
+        found = split(smiles)
+        lengths.append(len(found) + 2)  # bos and eos
+        tokens.update(found)
+    found = {"vocab_size": len(tokens) + len(SPECIAL_TOKENS), "mean_length": round(sum(lengths) / len(lengths))}
+    planned = {"vocab_size": experiment.vocab_size, "mean_length": experiment.smiles["mean_length"]}
+    for name, value in planned.items():
+        if value != found[name]:
+            raise ValueError(f"`{name}` of {experiment.name} must be {found[name]}, as in {path}, but got {value}.")
+
+
 def make_tokenizer(experiment: Experiment, data_dir: Path, folder: Path) -> Path:
-    """A byte-level BPE of `vocab_size` ids, trained on the training text; 259 ids are the bytes alone."""
+    """
+    Of `vocab_size` ids, from the training text: that of SMILES, or a byte-level BPE, of which 259 ids are the bytes.
+    """
     tokenizer = folder / f"tokenizer-{experiment.vocab_size}"
     if not tokenizer.exists():
-        documents = load_file("train", str(data_dir / experiment.text["train"]))["text"]
+        path = data_dir / experiment.text["train"]
+        if experiment.smiles is not None:
+            trained = train_smiles_tokenizer(read_molecules("train", path))
+        else:
+            trained = train_tokenizer(list(load_file("train", str(path))["text"]), experiment.vocab_size)
         unfinished = tokenizer.with_name(f"{tokenizer.name}.unfinished")
-        trained = train_tokenizer(list(documents), experiment.vocab_size)
         save_tokenizer(trained, unfinished, model_max_length=experiment.block_size)
         unfinished.rename(tokenizer)
     return tokenizer
@@ -142,6 +167,11 @@ class Runner:
         self.origin = machine(device) | {"workers": self.workers, "threads": self.threads}
         self.lines = read_lines(self.path)
         self.text = {item.name: describe_text(item, self.data_dir) for item in experiments}
+        molecular = [item for item in experiments if item.smiles is not None]
+        if molecular:
+            check_rdkit()
+        for item in molecular:
+            check_molecules(item, self.data_dir)
         for item in experiments:
             check_same_text(self.text[item.name], self.lines, item)
 
@@ -229,17 +259,20 @@ class Runner:
 
 def describe(line: dict) -> str:
     """A finished run in one line of text."""
-    losses = ", ".join(
-        f"{name} {'diverged' if value is None else f'{value:.4f}'}" for name, value in line["bits_per_byte"].items()
+    found = ", ".join(
+        f"{name} {'diverged' if value is None else f'{value:.4f}'}" for name, value in losses(line).items()
     )
+    unit = "bits per byte"
+    if "samples" in line:
+        unit = f"nats per token, {line['samples']['valid'] / line['samples']['count']:.1%} valid"
     settings = f"seed {line['seed']}, rate {line['learning_rate']:g}"
-    return f"{line['experiment']}: {line['model']}, {settings}: {losses} bits per byte, {line['wall_seconds']:.0f} s"
+    return f"{line['experiment']}: {line['model']}, {settings}: {found} {unit}, {line['wall_seconds']:.0f} s"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(ExperimentArguments)
     (arguments,) = parser.parse_args_into_dataclasses(argv)
-    with held("runs_dir", Path(arguments.runs_dir) / "lock"), held("lines", Path(arguments.lines)):
+    with held("runs_dir", Path(arguments.runs_dir) / "runner"), held("lines", Path(arguments.lines)):
         torn = drop_torn_line(arguments.lines)
         if torn:
             print(f"cut off, a line that was not written to its end: {torn[:80]!r}...")

@@ -8,16 +8,32 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from experiment_store import losses
 from huggingface_hub.errors import StrictDataclassError
 from make_configurations import to_json
 from matching import count_costs, match_parameters, match_steps
-from training_arguments import SpiralTrainingArguments
+from settings import check_types, read_settings, types_of
+from training_arguments import LARGEST_SEED, SpiralTrainingArguments, check_numbers
 
 from modeling_spiralformer import SpiralFormerConfig
 
-REPORTS = ("table", "ablations", "ratio")
+REPORTS = ("table", "ablations", "ratio", "molecules")
 TEXTS = ("train", "validation", "foreign")
+MOLECULE_TEXTS = ("train", "validation")
+# What `smiles` holds, with the types of each.
+SMILES = {"mean_length": (int,), "samples": (int,), "temperature": (int, float), "top_k": (int,)}
+# Enough for a look at the samples of a sweep, whose loss decides.
+SWEEP_SAMPLES = 1000
+# Every field that the keys of the first lines were made of. A field that came later is part of a key only where it
+# has not the value that these imply: a run keeps its key when the model learns something new.
+FIRST_FIELDS = {
+    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_prelude_layers", "num_core_layers", "num_coda_layers", "chunk_sizes", "chunk_offsets", "causal_shifts"),
+    *("down_scaling", "up_scaling", "topology", "num_memory_slots", "share_core", "rope_parameters"),
+    *("scale_embeddings", "max_position_embeddings", "use_parallel_residual", "attention_bias", "hidden_act"),
+    *("layer_norm_eps", "attention_dropout", "hidden_dropout", "classifier_dropout", "initializer_range"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+}
 # The runner sets these itself, from the plan, or so that a killed run can go on and every step is alike.
 RESERVED = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "seed", "data_seed"),
@@ -26,6 +42,18 @@ RESERVED = {
     *("dataloader_pin_memory", "dataloader_drop_last", "auto_find_batch_size", "do_train", "do_eval", "push_to_hub"),
     *("save_only_model", "ignore_data_skip", "load_best_model_at_end"),
 }
+
+
+def config_fields(config: SpiralFormerConfig) -> dict:
+    """Every field of the model's own, as config.json holds it."""
+    return json.loads(to_json(config))
+
+
+def keyed_fields(fields: dict) -> dict:
+    """The fields of a configuration that are part of a run's key."""
+    first = {name: value for name, value in fields.items() if name in FIRST_FIELDS}
+    implied = config_fields(SpiralFormerConfig(**{n: value for n, value in first.items() if n != "model_type"}))
+    return {name: value for name, value in fields.items() if name in first or value != implied[name]}
 
 
 @dataclass(frozen=True)
@@ -43,7 +71,8 @@ class Run:
     @functools.cached_property
     def key(self) -> str:
         """A digest of the settings: what the run's line is found by."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        settings = self.settings | {"config": keyed_fields(self.settings["config"])}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(eq=False)  # by identity, so that what is counted for one can be kept
@@ -63,7 +92,7 @@ class Experiment:
     vocab_size: int
     block_size: int
     batch_size: int
-    budget: dict[str, float]
+    budget: dict[str, int | float]
     evaluation_blocks: int
     learning_rates: list[float]
     seeds: list[int]
@@ -71,8 +100,11 @@ class Experiment:
     common: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     rate_of: str | None = None
+    sweep_budget: dict[str, int | float] | None = None
+    smiles: dict[str, int | float] | None = None
 
     def __post_init__(self):
+        check_numbers(self)
         self._check_names()
         for name in ("vocab_size", "block_size", "batch_size", "evaluation_blocks"):
             value = getattr(self, name)
@@ -83,9 +115,29 @@ class Experiment:
             right = isinstance(values, list) and values and all(type(value) is kind for value in values)
             if not right or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must be a list of different {kind.__name__} values, but got {values!r}.")
+        if min(self.learning_rates) <= 0:
+            raise ValueError(f"`learning_rates` must be above 0, but got {self.learning_rates}.")
+        if min(self.seeds) < 0 or max(self.seeds) > LARGEST_SEED:
+            raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {self.seeds}.")
         self._check_training()
+        self._check_smiles()
         for name in self.models:
-            self.run(name, self.seeds[0], self.learning_rates[0])  # refuses a bad budget too
+            for sweep in (False, True):
+                self.run(name, self.seeds[0], self.learning_rates[0], sweep)  # refuses a bad budget too
+
+    def _check_smiles(self):
+        if (self.report == "molecules") != (self.smiles is not None):
+            raise ValueError(f"`smiles` must go with report molecules, but got {self.smiles!r} for {self.report!r}.")
+        if self.smiles is None:
+            return
+        right = isinstance(self.smiles, dict) and set(self.smiles) == set(SMILES)
+        if not right or not all(type(self.smiles[name]) in types for name, types in SMILES.items()):
+            raise ValueError(f"`smiles` must hold numbers for exactly {list(SMILES)}, but got {self.smiles!r}.")
+        if min(self.smiles.values()) <= 0 or self.smiles["mean_length"] > self.block_size:
+            raise ValueError(
+                f"`smiles` must hold numbers above 0, and a mean_length up to block_size {self.block_size}, but got "
+                f"{self.smiles}."
+            )
 
     def _check_training(self):
         allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - RESERVED
@@ -95,6 +147,8 @@ class Experiment:
                     "`training` must name settings of SpiralTrainingArguments that the runner does not set itself, "
                     f"but got {name!r}."
                 )
+        # The values stay as they were written: keys of finished runs are digests of the settings.
+        check_types(self.training, types_of(SpiralTrainingArguments), "`training`")
         parts = self.training.get("gradient_accumulation_steps", 1)
         if type(parts) is not int or parts < 1 or self.batch_size % parts:
             raise ValueError(
@@ -104,8 +158,9 @@ class Experiment:
     def _check_names(self):
         if self.report not in REPORTS:
             raise ValueError(f"`report` must be one of {list(REPORTS)}, but got {self.report!r}.")
-        if sorted(self.text) != sorted(TEXTS):
-            raise ValueError(f"`text` must name a file for each of {list(TEXTS)}, but got {self.text}.")
+        texts = TEXTS if self.smiles is None else MOLECULE_TEXTS
+        if sorted(self.text) != sorted(texts):
+            raise ValueError(f"`text` must name a file for each of {list(texts)}, but got {self.text}.")
         if not self.references or not isinstance(self.references, list):
             raise ValueError(f"`references` must be a list of models, but got {self.references!r}.")
         named = [("references", name) for name in self.references] + [("rate_of", self.rate_of or self.references[0])]
@@ -126,18 +181,25 @@ class Experiment:
         config = SpiralFormerConfig(architectures=["SpiralFormerForCausalLM"], **fields)
         return config if target is None else match_parameters(config, target)
 
+    @property
+    def example_length(self) -> int:
+        """Tokens of an example, on which costs and budgets are counted: a block, or a molecule of mean length."""
+        return self.block_size if self.smiles is None else self.smiles["mean_length"]
+
     @functools.cache  # noqa: B019
     def costs(self, name: str) -> dict[str, float]:
         """What one model costs, counted (`matching.count_costs`)."""
-        return count_costs(self.model_config(name), self.block_size)
+        return count_costs(self.model_config(name), self.example_length)
 
     @functools.cache  # noqa: B019
-    def run(self, name: str, seed: int, learning_rate: float) -> Run:
-        """One run of one model."""
+    def run(self, name: str, seed: int, learning_rate: float, sweep: bool = False) -> Run:
+        """One run of one model, on the budget of the sweep or on the whole one."""
+        shorter = sweep and self.sweep_budget is not None
+        budget = self.sweep_budget if shorter else self.budget
         flops_per_step = self.costs(name)["training_flops_per_block"] * self.batch_size
-        steps = match_steps(self.budget, self.batch_size * self.block_size, flops_per_step)
+        steps = match_steps(budget, self.batch_size * self.example_length, flops_per_step)
         settings = {
-            "config": json.loads(to_json(self.model_config(name))),
+            "config": config_fields(self.model_config(name)),
             "text": self.text,
             "vocab_size": self.vocab_size,
             "block_size": self.block_size,
@@ -148,6 +210,9 @@ class Experiment:
             "seed": seed,
             "learning_rate": learning_rate,
         }
+        if self.smiles is not None:
+            samples = self.smiles["samples"]
+            settings["smiles"] = self.smiles | {"samples": min(samples, SWEEP_SAMPLES) if shorter else samples}
         return Run(self.name, name, settings, steps * flops_per_step)
 
     # -- what the finished lines say ----------------------------------------------------------------------------
@@ -155,17 +220,17 @@ class Experiment:
     def sweep(self, name: str, lines: list[dict]) -> dict[float, dict]:
         """Learning rate -> line of the first seed, of those rates that have run; of `rate_of` where it is given."""
         by_key = {line["key"]: line for line in lines}
-        runs = {rate: self.run(self.rate_of or name, self.seeds[0], rate) for rate in self.learning_rates}
+        runs = {rate: self.run(self.rate_of or name, self.seeds[0], rate, True) for rate in self.learning_rates}
         return {rate: by_key[run.key] for rate, run in runs.items() if run.key in by_key}
 
     def chosen_rate(self, name: str, lines: list[dict]) -> float | None:
         """The rate of lowest validation loss; None before the whole sweep has run, or where every rate diverged."""
         swept = self.sweep(name, lines)
-        losses = {rate: line["bits_per_byte"]["validation"] for rate, line in swept.items()}
-        losses = {rate: math.inf if loss is None else loss for rate, loss in losses.items()}
-        if len(losses) < len(self.learning_rates) or min(losses.values()) == math.inf:
+        found = {rate: losses(line)["validation"] for rate, line in swept.items()}
+        found = {rate: math.inf if loss is None else loss for rate, loss in found.items()}
+        if len(found) < len(self.learning_rates) or min(found.values()) == math.inf:
             return None
-        return min(losses, key=losses.get)
+        return min(found, key=found.get)
 
     def finished(self, name: str, lines: list[dict]) -> dict[int, dict]:
         """Seed -> line at the chosen rate, of those seeds that have run."""
@@ -183,8 +248,8 @@ class Experiment:
         """
         done = {line["key"] for line in lines}
         swept = [self.rate_of] if self.rate_of else list(self.models)
-        ready = [self.run(name, self.seeds[0], rate) for name in swept for rate in self.learning_rates]
-        first, waiting = {(self.seeds[0], name) for name in swept}, []
+        ready = [self.run(name, self.seeds[0], rate, True) for name in swept for rate in self.learning_rates]
+        first, waiting = set() if self.sweep_budget else {(self.seeds[0], name) for name in swept}, []
         for seed in self.seeds:
             for name in self.models:
                 rate = self.chosen_rate(name, lines)
@@ -201,14 +266,14 @@ def load_experiment(path: str | Path) -> Experiment:
 
     Raises ValueError for a key that is unknown or missing, and for every value that is not allowed.
     """
-    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    entries = read_settings("experiments", path)
     known = {item.name for item in dataclasses.fields(Experiment)} - {"name"}
-    required = known - {"common", "training", "rate_of"}
-    if not isinstance(entries, dict) or set(entries) - known or required - set(entries):
-        keys = sorted(entries) if isinstance(entries, dict) else entries
+    required = known - {"common", "training", "rate_of", "sweep_budget", "smiles"}
+    if set(entries) - known or required - set(entries):
         raise ValueError(
-            f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {keys}."
+            f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {sorted(entries)}."
         )
+    entries = check_types(entries, types_of(Experiment), str(path))
     try:
         return Experiment(name=Path(path).stem, **entries)
     except (ValueError, StrictDataclassError) as error:

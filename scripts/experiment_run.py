@@ -1,16 +1,17 @@
 """One run of an experiment: trained by the Trainer of `train.py`, from where a killed run stopped, and evaluated."""
 
 import json
-import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import molecules
 import torch
 import train
 from experiment_plan import Run
+from files import finite
+from resuming import last_whole_checkpoint
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 from training_data import make_blocks
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -21,6 +22,7 @@ from transformers.utils import logging as library_logging
 LOGGED_POINTS = 64
 EVALUATED_POINTS = 8
 CURVE_BLOCKS = 64
+CURVE_MOLECULES = 512
 CHECKPOINTS = 4
 
 
@@ -38,17 +40,6 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         self.report(self.flops_per_step)
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose state can be read: Trainer writes it last, so a kill half way leaves none."""
-    whole = []
-    for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        try:
-            whole.append((json.loads(path.read_text(encoding="utf-8"))["global_step"], str(path.parent)))
-        except json.JSONDecodeError:
-            logging.getLogger(__name__).warning("left out, cut off while it was written: %s", path)
-    return max(whole)[1] if whole else None
 
 
 def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
@@ -77,6 +68,8 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
         disable_tqdm=True,
+        # Blocks are equally long, molecules are not.
+        include_num_input_tokens_seen="non_padding" if "smiles" in settings else "no",
         **settings["training"],
     )
     batch_size = arguments.train_batch_size * parts * arguments.world_size
@@ -107,14 +100,14 @@ def bits_per_byte(trainer: Trainer, run: Run, path: str) -> float | None:
     return finite(trainer.evaluate(blocks["validation"])["eval_bits_per_byte"])
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinities, which JSON cannot hold."""
-    return value if math.isfinite(value) else None
+def tokens_seen(entry: dict, tokens_per_step: int) -> int:
+    """Of an entry of a Trainer's log: counted where it counts them, else as many in every step."""
+    return entry.get("num_input_tokens_seen", entry["step"] * tokens_per_step)
 
 
 def curve(history: list[dict], key: str, tokens_per_step: int) -> list[list]:
     """[tokens seen, value] of every entry of a Trainer's log that holds the key."""
-    return [[entry["step"] * tokens_per_step, finite(entry[key])] for entry in history if key in entry]
+    return [[tokens_seen(entry, tokens_per_step), finite(entry[key])] for entry in history if key in entry]
 
 
 def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, report: Callable[[float], None]) -> dict:
@@ -128,6 +121,7 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
         report: is told the FLOPs of each step.
     """
     started, settings = time.time(), run.settings
+    smiles = "smiles" in settings
     datasets.disable_progress_bars()
     library_logging.disable_progress_bar()
     folder = runs_folder / run.key
@@ -140,11 +134,11 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
         train_file=files["train"],
         validation_file=files["validation"],
         block_size=settings["block_size"],
-        max_eval_samples=CURVE_BLOCKS,
+        max_eval_samples=CURVE_MOLECULES if smiles else CURVE_BLOCKS,
     )
     model = ModelArguments(config_name=str(configuration), tokenizer_name=str(tokenizer))
     training = training_arguments(run, folder)
-    trainer = train.make_trainer(model, data, training)
+    trainer = (molecules if smiles else train).make_trainer(model, data, training)
     progress = Progress(run.flops / settings["steps"], report)
     trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)
@@ -152,13 +146,19 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
     trainer.save_model()
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     history = list(trainer.state.log_history)  # the evaluations below are logged too
+    if smiles:
+        outcome = molecules.outcome(trainer, settings, files["validation"])
+    else:
+        texts = ("validation", "foreign")
+        outcome = {"bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in texts}}
+    measure = "eval_nats_per_token" if smiles else "eval_bits_per_byte"
     return {
-        "tokens": settings["steps"] * tokens_per_step,
+        "tokens": trainer.state.num_input_tokens_seen if smiles else settings["steps"] * tokens_per_step,
         "steps": settings["steps"],
         "flops": run.flops,
-        "bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in ("validation", "foreign")},
+        **outcome,
         "training_curve": curve(history, "loss", tokens_per_step),
-        "validation_curve": curve(history, "eval_bits_per_byte", tokens_per_step),
+        "validation_curve": curve(history, measure, tokens_per_step),
         "wall_seconds": round(time.time() - started, 1),
         "resumed_from_step": progress.resumed_from_step,
     }

@@ -4,17 +4,25 @@ import json
 import os
 from pathlib import Path
 
+from files import read_text
+
+# What becomes of a sampled molecule: a line counts its samples by these (`molecules.classify`).
+SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
+
 
 def read_lines(path: str | Path) -> list[dict]:
     """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""
     if not Path(path).exists():
         return []
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(read_text("lines", path).splitlines(), start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number}, must be a JSON object, but is {text!r}.")
+        lines.append(line)
     return lines
 
 
@@ -48,3 +56,8 @@ def drop_torn_line(path: str | Path) -> str:
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n")
     return ""
+
+
+def losses(line: dict) -> dict[str, float | None]:
+    """Text -> loss of a finished run: nats per token of molecules, else bits per byte; None where it diverged."""
+    return line["nats_per_token" if "nats_per_token" in line else "bits_per_byte"]

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import check_folder
 from published import PUBLISHED_MODELS, SCALES, PublishedModel
 from transformers import HfArgumentParser, PreTrainedConfig
 
@@ -75,8 +76,10 @@ def to_json(config: SpiralFormerConfig) -> str:
 
 
 def main(output_dir: str):
-    for name, config in all_configs().items():
-        path = Path(output_dir) / name / "config.json"
+    configs = all_configs()
+    folder = check_folder("output_dir", output_dir, [f"{name}/config.json" for name in configs])
+    for name, config in configs.items():
+        path = folder / name / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(config), encoding="utf-8")
         print(path)

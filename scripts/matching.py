@@ -4,7 +4,6 @@ import copy
 
 import torch
 from benchmark_workloads import count_flops, held_bytes
-from cache_memory import layer_equivalents
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 
@@ -18,9 +17,9 @@ def meta_model(config: SpiralFormerConfig) -> SpiralFormerForCausalLM:
 def count_parameters(config: SpiralFormerConfig) -> tuple[int, int]:
     """All parameters, and those outside of the embedding and the head."""
     model = meta_model(config)
-    embeddings = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total - embeddings
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
+    return total, total - sum(weight.numel() for weight in embeddings)
 
 
 def parameters_per_unit(config: SpiralFormerConfig) -> int:
@@ -66,6 +65,12 @@ def match_steps(budget: dict[str, float], tokens_per_step: int, flops_per_step: 
     if steps < 1:
         raise ValueError(f"`budget` must be at least {flops_per_step} FLOPs, one step, but got {budget['flops']}.")
     return steps
+
+
+def layer_equivalents(config: SpiralFormerConfig) -> float:
+    """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
+    reads = sum(1 / size for size in config.chunk_sizes)
+    return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * reads
 
 
 def count_costs(config: SpiralFormerConfig, block_size: int) -> dict[str, float]:

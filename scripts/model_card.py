@@ -1,5 +1,6 @@
 """The card of a model: metadata for the Hub's search, and what a reader needs to use the model and to judge it."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -7,7 +8,7 @@ from tables import format_schedule
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 
-from modeling_spiralformer import SpiralFormerPreTrainedModel
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerPreTrainedModel
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
 
 PIPELINES = {
@@ -37,7 +38,7 @@ def make_card(
     base_model: str | None = None,
     dataset: str | None = None,
     training_data: str | None = None,
-    evaluation: dict[str, float] | None = None,
+    evaluation: dict[str, float | str] | None = None,
     settings: dict[str, object] | None = None,
 ) -> ModelCard:
     """
@@ -50,7 +51,7 @@ def make_card(
         base_model: the model on the Hub that this one was trained on from.
         dataset: the data set on the Hub that it was trained and evaluated on.
         training_data: the same in words.
-        evaluation: figures by name, of held-out text. With a `dataset` they are metadata too.
+        evaluation: figures by name, of held-out text. With a `dataset` those that are finite are metadata too.
         settings: settings of the training by name.
     """
     auto_class = auto_class_of(model)
@@ -66,7 +67,7 @@ def make_card(
             metric_value=value,
         )
         for name, value in evaluation.items()
-        if dataset is not None
+        if dataset is not None and isinstance(value, int | float) and math.isfinite(value)
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -122,6 +123,24 @@ class CardTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
             self.model.config.save_pretrained(self.args.output_dir)
+
+    def prediction_step(self, *args, **kwargs):
+        """As the library's, without label smoothing: perplexity and bits per byte are made of the loss itself."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration."""
+        config = self.model.config
+        if not isinstance(config, SpiralFormerConfig) or not config.chunk_sizes:
+            return super().floating_point_ops(inputs)
+        weights = sum(parameter.numel() for name, parameter in self.model.named_parameters() if ".core." in name)
+        passes = sum(1 / size for size in config.chunk_sizes)
+        passes /= 1 if config.share_core else config.num_iterations
+        return super().floating_point_ops(inputs) + int(6 * inputs["input_ids"].numel() * weights * (passes - 1))
 
     def create_model_card(
         self,

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from benchmark_models import DEEP, PLAIN
+from files import PICTURES, check_file, read_text
 from tables import markdown_table
 from transformers import HfArgumentParser
 
@@ -31,6 +32,9 @@ class PlotArguments:
 
     results: str = field(default="runs/benchmark.json", metadata={"help": "JSON of scripts/benchmark.py."})
     plot: str = field(default="runs/benchmark.png", metadata={"help": "Where to draw."})
+
+    def __post_init__(self):
+        check_file("plot", self.plot, PICTURES)
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def draw(results: dict, path: str) -> None:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(PlotArguments).parse_args_into_dataclasses()
-    results = json.loads(Path(arguments.results).read_text())
+    results = json.loads(read_text("results", arguments.results))
     print(report(results))
     Path(arguments.plot).parent.mkdir(parents=True, exist_ok=True)
     draw(results, arguments.plot)

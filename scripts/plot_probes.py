@@ -83,6 +83,9 @@ def report(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+PICTURE_FILES = ("ridgelines.png", "heads.png", "updates.png")
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -90,9 +93,9 @@ def draw(results: dict, folder: str | Path) -> None:
     """Draws `ridgelines.png`, `heads.png` and `updates.png` into a folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in (("ridgelines", draw_ridgelines), ("heads", draw_heads), ("updates", draw_updates)):
+    for file, picture in zip(PICTURE_FILES, (draw_ridgelines, draw_heads, draw_updates), strict=True):
         figure = picture(results)
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / file, dpi=150)
         plt.close(figure)
 
 

@@ -5,16 +5,16 @@
 `docs/probes.md` says what is measured, and how to read the pictures.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from checkpoints import check_tokenizer, load_config, load_model
-from plot_probes import draw, report
+from checkpoints import load_config, load_model, load_tokenizer
+from files import check_folder, is_finite, read_text, write_json
+from plot_probes import PICTURE_FILES, draw, report
 from probes import check_length, check_looped, collect, cut_text
 from training_arguments import check_counts
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 LARGEST_DEFAULT_LENGTH = 1024
 
@@ -42,7 +42,7 @@ class ProbeArguments:
 def probe(arguments: ProbeArguments) -> dict:
     """What was asked and what `collect` found, for the model and its control, on the same text."""
     paths = {"model": arguments.model, "control": arguments.control}
-    configs = {role: load_config(path) for role, path in paths.items() if path is not None}
+    configs = {role: load_config(path, field=role) for role, path in paths.items() if path is not None}
     for config in configs.values():
         check_looped(config)
     length = arguments.length
@@ -50,12 +50,11 @@ def probe(arguments: ProbeArguments) -> dict:
         length = min(LARGEST_DEFAULT_LENGTH, *(config.max_position_embeddings for config in configs.values()))
     for config in configs.values():  # before one of them takes its time and the other is refused
         check_length(config, length)
-    text = Path(arguments.text).read_text(encoding="utf-8")
+    text = read_text("text", arguments.text)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     results = {"text": Path(arguments.text).name, "sequences": arguments.sequences, "length": length, "models": {}}
     for role, config in configs.items():
-        tokenizer = AutoTokenizer.from_pretrained(paths[role])
-        check_tokenizer(tokenizer, config)
+        tokenizer = load_tokenizer(paths[role], config, field=role)
         sequences = cut_text(text, tokenizer, arguments.sequences, length)
         model = load_model(paths[role], config).to(device)
         results["models"][role] = {
@@ -68,14 +67,16 @@ def probe(arguments: ProbeArguments) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Probes what the command line names, prints the table, and writes figures, table and pictures."""
     (arguments,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(argv)
+    folder = check_folder("output_dir", arguments.output_dir, ("probes.json", "probes.md", *PICTURE_FILES))
     results = probe(arguments)
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probes.json").write_text(json.dumps(results, allow_nan=False) + "\n")
     table = report(results)
-    (folder / "probes.md").write_text(table + "\n")
     print(table)
-    draw(results, folder)
+    write_json(folder / "probes.json", results)
+    (folder / "probes.md").write_text(table + "\n", encoding="utf-8")
+    if is_finite(results):
+        draw(results, folder)
+    else:
+        print(f"no pictures: some of the figures are not finite, and null in {folder / 'probes.json'}")
     return results
 
 

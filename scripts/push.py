@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from checkpoints import check_tokenizer, load_config, load_model
+from checkpoints import load_config, load_model, load_tokenizer
 from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.utils import validate_repo_id
 from model_card import make_card
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 import modeling_spiralformer
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
@@ -40,8 +41,8 @@ class PushArguments:
 
 
 def load_checkpoint(folder: str) -> PreTrainedModel:
-    """The model of a checkpoint, of the class and in the dtype it was saved with; refused where it lacks weights."""
-    config = load_config(folder)
+    """The model of a checkpoint, of the class and in the dtype it was saved with; refused where it is not all."""
+    config = load_config(folder, field="checkpoint")
     known = {model_class.__name__ for model_class in AUTO_CLASSES.values()}
     saved = config.architectures or []
     if len(saved) != 1 or saved[0] not in known:
@@ -49,12 +50,16 @@ def load_checkpoint(folder: str) -> PreTrainedModel:
     return load_model(folder, config, getattr(modeling_spiralformer, saved[0]), dtype="auto")
 
 
-def read_evaluation(folder: Path) -> dict[str, float]:
+def read_evaluation(folder: Path) -> dict[str, float | str]:
     """The figures of eval_results.json, which `Trainer.save_metrics` writes; none where there is no such file."""
     path = folder / "eval_results.json"
     if not path.is_file():
         return {}
-    figures = {name: value for name, value in json.loads(path.read_text()).items() if name not in NOT_FIGURES}
+    figures = {
+        name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name not in NOT_FIGURES
+    }
+    # JSON holds null for a figure of a model that diverged.
+    figures = {name: "not finite" if value is None else value for name, value in figures.items()}
     return {name.removeprefix("eval_").replace("_", " ").title(): value for name, value in figures.items()}
 
 
@@ -87,9 +92,9 @@ def build_card(arguments: PushArguments, model: PreTrainedModel) -> ModelCard:
 
 def push(arguments: PushArguments) -> CommitInfo:
     """Pushes, and returns the commit. Until it is made, the repository is what it was."""
+    validate_repo_id(arguments.repo_id)
     model = load_checkpoint(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    check_tokenizer(tokenizer, model.config)
+    tokenizer = load_tokenizer(arguments.checkpoint, model.config, field="checkpoint")
     api = HfApi()
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=arguments.max_shard_size)

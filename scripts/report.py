@@ -11,6 +11,8 @@ from pathlib import Path
 
 from experiment_plan import load_experiment
 from experiment_store import read_lines
+from files import check_folder, check_text_file
+from report_molecules import molecules_report
 from report_plots import Picture, pictures, scaling_picture
 from report_results import ExperimentResults
 from report_tables import report
@@ -37,23 +39,30 @@ class ReportArguments:
 
 def stale_files(texts: dict[Path, str]) -> list[str]:
     """The files that do not exist, or hold another text."""
-    return [path.name for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text]
+    return [
+        path.name for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
 
 
 def main(arguments: ReportArguments) -> None:
     folder = Path(arguments.output_dir)
+    check_text_file("runs", arguments.runs)
+    if not arguments.check:
+        check_folder("output_dir", folder, [f"{Path(path).stem}.md" for path in arguments.experiments])
     lines = read_lines(arguments.runs)
     everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
     texts: dict[Path, str] = {}
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
         own = pictures(results)
-        texts[folder / f"{results.name}.md"] = report(results, {picture.file: picture.shows for picture in own})
+        write = molecules_report if results.report == "molecules" else report
+        texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
         drawn += own
     if arguments.check:
         if stale := stale_files(texts):
             raise SystemExit(f"Not what {arguments.runs} gives: {', '.join(stale)}. Run `python scripts/report.py`.")
         return
+    check_folder("output_dir", folder, [picture.file for picture in drawn])
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from experiment_store import SAMPLE_CLASSES
 from published import BEST_RECURRENCE_RATIOS
 from report_results import TEXTS, ExperimentResults, ModelResults
 
@@ -30,8 +31,13 @@ STYLES = {
     "looped-mesh": ("#D55E00", "^"),
     "spiralformer-b": ("#0072B2", "s"),
     "spiralformer-l": ("#009E73", "P"),
+    "plain-3": ("#000000", "o"),
+    "plain-8": ("#8a97a3", "X"),
+    "looped-base": ("#CC79A7", "D"),
+    "spiralformer-anchor": ("#56B4E9", "s"),
 }
 GREY = "#8a97a3"
+CLASS_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#D55E00", GREY)  # of SAMPLE_CLASSES
 BITS, FLOPS, NON_EMBEDDING = "bits per byte", "training FLOPs", "non-embedding parameters"
 COSTS = {FLOPS: "flops", NON_EMBEDDING: "non_embedding_parameters"}
 
@@ -91,6 +97,27 @@ def draw_costs(results: ExperimentResults, path: Path) -> None:
         axes.set_xlabel(label)
     panels[0].set_ylabel(f"{BITS}, validation")
     add_legend(figure, panels[0])
+    save(figure, path)
+
+
+def draw_molecules(results: ExperimentResults, path: Path) -> None:
+    """Loss over training FLOPs, a point a model, and what became of the samples, a bar a model."""
+    figure, (points, bars) = new_figure(11, 4.4, 2)
+    models = results.measured
+    for model in models:
+        draw_point(points, model.cost("flops"), model, linestyle="none", label=model.name)
+    set_log_axis(points)
+    points.set(xlabel=FLOPS, ylabel="nats per token, validation")
+    left = np.zeros(len(models))
+    for kind, colour in zip(SAMPLE_CLASSES, CLASS_COLOURS, strict=True):
+        shares = np.array([model.mean(kind).mean for model in models])
+        bars.barh([model.name for model in models], shares, left=left, color=colour, label=kind)
+        left += shares
+    bars.invert_yaxis()
+    bars.xaxis.set_major_formatter(PercentFormatter(1))
+    bars.set(xlabel="samples", xlim=(0, 1))
+    bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(SAMPLE_CLASSES), frameon=False)
+    add_legend(figure, points)
     save(figure, path)
 
 
@@ -189,7 +216,7 @@ def draw_ratios(results: ExperimentResults, path: Path) -> None:
     colour = style_of("spiralformer-b")[0]
     for axes, text in zip(panels, TEXTS, strict=True):
         axes.axvspan(*BEST_RECURRENCE_RATIOS, color="#F0E442", alpha=0.35, lw=0, label="lowest in the paper")
-        seeds = [(model.recurrence_ratio, bits) for model in models for bits in model.bits(text).values()]
+        seeds = [(model.recurrence_ratio, bits) for model in models for bits in model.figures(text).values()]
         axes.plot(*zip(*seeds, strict=True), "_", color=GREY, markersize=9, label="one seed")
         means = [model.mean(text) for model in models]
         values, errors = [mean.mean for mean in means], [mean.standard_error or 0 for mean in means]
@@ -214,6 +241,9 @@ def pictures(results: ExperimentResults) -> list[Picture]:
             return []
         shows = f"Differences to {results.reference}: mean, 95% interval, each pair of runs as a small mark"
         return [Picture(f"{name}.png", shows, lambda path: draw_ablations(results, path))]
+    if results.report == "molecules":
+        shows = "Nats per token on validation molecules over training FLOPs, and what became of the samples"
+        return [Picture(f"{name}.png", shows, lambda path: draw_molecules(results, path))]
     costs = "Bits per byte on validation text over training FLOPs and over non-embedding parameters"
     curves = (
         "Bits per byte on a part of the validation text during training: mean over the seeds, their range as a band"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from experiment_store import SAMPLE_CLASSES, losses
 from report_statistics import Comparison, Mean
 
 from modeling_spiralformer import SpiralFormerConfig
@@ -33,20 +34,34 @@ FIELDS = {
     "validation_curve": (),
     "bits_per_byte": TEXTS,
 }
+# Lines of molecules have another loss, no foreign text, and samples.
+MOLECULE_FIELDS = {name: inner for name, inner in FIELDS.items() if name != "bits_per_byte"} | {
+    "text": ("train", "validation"),
+    "nats_per_token": ("validation",),
+    "samples": ("count", *SAMPLE_CLASSES, "valid_interval", "unique", "rdkit"),
+}
 
 
 def check_line(line: dict) -> None:
     """Raises ValueError where a line of the store lacks a field, or a figure is neither finite nor null."""
-    for field, inner in FIELDS.items():
+    molecules = "smiles" in line.get("settings", {})
+    for field, inner in (MOLECULE_FIELDS if molecules else FIELDS).items():
         if field not in line:
             raise ValueError(f"A line must have the field `{field}`, but the one of key {line.get('key')!r} lacks it.")
         for name in inner:
             if name not in line[field]:
                 raise ValueError(f"`{field}` must have {list(inner)}, but lacks {name!r} in {line['key']!r}.")
-    for text, value in line["bits_per_byte"].items():
+    for text, value in losses(line).items():
         if value is not None and not math.isfinite(value):
-            found = f"`bits_per_byte[{text!r}]`"
+            found = f"`{'nats_per_token' if molecules else 'bits_per_byte'}[{text!r}]`"
             raise ValueError(f"{found} must be finite, or null of a diverged run, but got {value} in {line['key']!r}.")
+
+
+def figure(line: dict, name: str) -> float | None:
+    """A loss on a text, or the share of a line's samples in a class."""
+    if name in SAMPLE_CLASSES:
+        return line["samples"][name] / line["samples"]["count"]
+    return losses(line)[name]
 
 
 @dataclass(frozen=True)
@@ -66,16 +81,16 @@ class ModelResults:
     @property
     def diverged_seeds(self) -> list[int]:
         """Seeds at the chosen learning rate that ended without a loss on one of the texts."""
-        return [seed for seed, line in self.runs.items() if None in (line["bits_per_byte"][text] for text in TEXTS)]
+        return [seed for seed, line in self.runs.items() if None in losses(line).values()]
 
-    def bits(self, text: str) -> dict[int, float]:
-        """Seed -> bits per byte; nothing at all of a model that diverged: a mean over the others would flatter it."""
-        return {} if self.diverged_seeds else {s: line["bits_per_byte"][text] for s, line in self.runs.items()}
+    def figures(self, name: str) -> dict[int, float]:
+        """Seed -> loss or share; nothing at all of a model that diverged: a mean over the others would flatter it."""
+        return {} if self.diverged_seeds else {seed: figure(line, name) for seed, line in self.runs.items()}
 
-    def mean(self, text: str) -> Mean | None:
-        """Mean bits per byte over the seeds; None where there are none, or one of them diverged."""
-        bits = self.bits(text)
-        return Mean.of(bits.values()) if bits else None
+    def mean(self, name: str) -> Mean | None:
+        """Mean of a loss or share over the seeds; None where there are none, or one of them diverged."""
+        figures = self.figures(name)
+        return Mean.of(figures.values()) if figures else None
 
     def cost(self, field: str) -> float | None:
         """A figure that all runs of the model share, such as its parameters; None before its first run."""
@@ -138,6 +153,12 @@ class ExperimentResults:
         """The models that have a mean."""
         return [model for model in self.models if model.mean("validation") is not None]
 
-    def compare(self, text: str, reference: str | None = None) -> Comparison:
-        """Paired differences in bits per byte, to the first reference unless another is named."""
-        return Comparison.of({model.name: model.bits(text) for model in self.models}, reference or self.reference)
+    @property
+    def loss(self) -> str:
+        """The loss that chooses the learning rates, in words."""
+        molecules = self.report == "molecules"
+        return "nats per token on validation molecules" if molecules else "bits per byte on validation text"
+
+    def compare(self, name: str, reference: str | None = None) -> Comparison:
+        """Paired differences in a loss or share, to the first reference unless another is named."""
+        return Comparison.of({model.name: model.figures(name) for model in self.models}, reference or self.reference)

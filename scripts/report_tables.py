@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from published import ABLATIONS, BEST_RECURRENCE_RATIOS, PERPLEXITIES
-from report_results import ExperimentResults, ModelResults
+from report_results import ExperimentResults, ModelResults, figure
 from report_statistics import HIGHER, Comparison, Mean
 from tables import format_schedule, markdown_table
 
@@ -97,6 +97,7 @@ def provenance(results: ExperimentResults) -> str:
     texts = ", ".join(
         f"{name} " + distinct(f"{line['text'][name]['file']} ({line['text'][name]['sha256'][:7]})" for line in lines)
         for name in ("train", "validation", "foreign")
+        if name in lines[0]["text"]
     )
     machines = {
         "{device}, {cores} cores, {workers} runs at a time, {threads} threads in each; Python {python}, "
@@ -232,14 +233,14 @@ def differences(results: ExperimentResults) -> str:
 
 
 def sweep(results: ExperimentResults) -> str:
-    """The sweep of learning rates: bits per byte on validation text, the chosen rate's in bold."""
+    """The sweep of learning rates: the loss of each, the chosen rate's in bold."""
     rates = results.learning_rates
     rows, edges = [], []
     for model in results.swept:
         row = [model.name]
         for rate in rates:
             line = model.sweep.get(rate)
-            cell = NOTHING if line is None else or_nothing(line["bits_per_byte"]["validation"], ".4f")
+            cell = NOTHING if line is None else or_nothing(figure(line, "validation"), ".4f")
             if line is not None and cell == NOTHING:
                 cell = DIVERGED
             row.append(f"**{cell}**" if rate == model.learning_rate else cell)
@@ -247,7 +248,7 @@ def sweep(results: ExperimentResults) -> str:
         if model.learning_rate in (min(rates), max(rates)):
             edge = "lowest" if model.learning_rate == min(rates) else "highest"
             edges.append(f"`{model.name}` ({edge})")
-    text = f"Bits per byte on validation text with seed {results.seeds[0]}; the rate of the lowest, bold, is chosen."
+    text = f"{results.loss.capitalize()} with seed {results.seeds[0]}; the rate of the lowest, bold, is chosen."
     if results.rate_of:
         text += f" All models take the rate of `{results.rate_of}`: others may do better at one of their own."
     parts = [text, markdown_table(["model", *(f"{rate:g}" for rate in rates)], rows)]

@@ -8,10 +8,21 @@ alone, also with --trust-remote-code. So this file imports the package, puts the
 
 import sys
 
+from checkpoints import check_loaded
 from transformers.cli.serving import model_manager
 from transformers.cli.transformers import app
 
 from modeling_spiralformer import SpiralFormerForCausalLM
+
+
+class ServedModel(SpiralFormerForCausalLM):
+    """The model as the server loads it: refused where the checkpoint has other weights than its configuration."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, **options):
+        model, info = SpiralFormerForCausalLM.from_pretrained(name_or_path, *args, **options, output_loading_info=True)
+        check_loaded(name_or_path, model, info)
+        return model
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +30,7 @@ def main(argv: list[str]) -> None:
         # The server would start, and answer every request with an error.
         raise ValueError("`--continuous-batching` must be left out: its paged cache has no place for latents.")
     # The name `transformers` as the server has it: the library may put another module object in its place.
-    model_manager.transformers.SpiralFormerForCausalLM = SpiralFormerForCausalLM
+    model_manager.transformers.SpiralFormerForCausalLM = ServedModel
     app(["serve", *argv])
 
 

@@ -1,5 +1,6 @@
 """Trains a causal language model with the library's own Trainer, and evaluates it in perplexity and bits per byte."""
 
+import json
 import logging
 import math
 import sys
@@ -9,14 +10,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from checkpoints import check_tokenizer, load_config, load_model, parse_overrides
+from checkpoints import load_config, load_model, load_tokenizer, parse_overrides
+from datasets import Dataset
+from files import check_folder, finite, write_json
 from model_card import CardTrainer
+from resuming import (
+    RunRecord,
+    check_record,
+    choose_checkpoint,
+    draws_random_numbers,
+    is_sharded,
+    make_record,
+    read_state,
+    resume_checks,
+)
 from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments, parse_arguments
-from training_data import make_blocks, token_byte_lengths
+from training_data import check_bytes, make_blocks, token_byte_lengths
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,10 +36,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
 LARGEST_DEFAULT_BLOCK = 1024
+# Of what a run leaves in its folder, what it would fail to write only at its end.
+OUTPUT_FILES = ("model.safetensors", "config.json", "README.md", TRAINER_STATE_NAME)
+OUTPUT_FILES += ("all_results.json", "train_results.json", "eval_results.json")
 
 
 def choose_block_size(block_size: int | None, config: PreTrainedConfig) -> int:
@@ -46,14 +61,15 @@ def build_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model (weights of the run to resume, else of the checkpoint named, else random) and its tokenizer."""
     overrides = parse_overrides(arguments.config_overrides)
-    config = load_config(arguments.model_name_or_path or arguments.config_name, overrides)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
-    check_tokenizer(tokenizer, config)
+    field = "model_name_or_path" if arguments.model_name_or_path else "config_name"
+    config = load_config(arguments.model_name_or_path or arguments.config_name, overrides, field)
+    tokenizer = load_tokenizer(arguments.tokenizer_name, config)
     # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones. Where FSDP has
     # saved them in shards, Trainer alone loads them, and stops at a missing one.
     resumed = training.resume_from_checkpoint
-    sharded = resumed is not None and (Path(resumed) / f"{FSDP_MODEL_NAME}_0").is_dir()
-    checkpoint = (None if sharded else resumed) or arguments.model_name_or_path
+    if resumed is not None:
+        resume_checks(resumed, config, training)
+    checkpoint = arguments.model_name_or_path if resumed is None or is_sharded(resumed) else resumed
     if checkpoint is not None:
         return load_model(checkpoint, config), tokenizer
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
@@ -108,15 +124,18 @@ def run_training(trainer: Trainer, training: SpiralTrainingArguments):
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("train", finite(result.metrics))
     trainer.save_state()
+    if trainer.args.should_save:  # strict JSON, also of a run that diverged
+        path = Path(trainer.args.output_dir) / TRAINER_STATE_NAME
+        write_json(path, json.loads(path.read_text(encoding="utf-8")), indent=2)
 
 
 def run_evaluation(trainer: Trainer) -> dict[str, float]:
     """Evaluates and saves the figures to output_dir."""
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    trainer.save_metrics("eval", finite(metrics))
     return metrics
 
 
@@ -130,6 +149,8 @@ def make_trainer(
     model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments
 ) -> CardTrainer:
     """The Trainer of the job, with model and data in place and nothing run yet."""
+    check_folder("output_dir", training.output_dir, OUTPUT_FILES)
+    training.resume_from_checkpoint = choose_checkpoint(training)
     set_seed(training.seed)
     model, tokenizer = build_model(model_arguments, training)
     block_size = choose_block_size(data_arguments.block_size, model.config)
@@ -141,7 +162,9 @@ def make_trainer(
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
         logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
-    return CardTrainer(
+    elif training.do_eval:
+        check_bytes("validation_file", blocks["validation"], byte_lengths)
+    trainer = CardTrainer(
         model=model,
         args=training,
         train_dataset=blocks.get("train"),
@@ -152,6 +175,19 @@ def make_trainer(
         preprocess_logits_for_metrics=drop_logits,
         training_data=describe_data(data_arguments),
     )
+    if training.do_train:
+        trainer.add_callback(record_run(model.config, training, blocks["train"]))
+    return trainer
+
+
+def record_run(config: PreTrainedConfig, training: SpiralTrainingArguments, blocks: Dataset) -> RunRecord:
+    """What the run is, for its checkpoints; refused where it should go on from one of another run."""
+    record = RunRecord(make_record(config, training, blocks))
+    if training.resume_from_checkpoint is not None:
+        checkpoint = Path(training.resume_from_checkpoint)
+        check_record(checkpoint, record.record, same_split=draws_random_numbers(config, training))
+        record.planned_steps = read_state(checkpoint)["max_steps"]
+    return record
 
 
 def run(model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments) -> Trainer:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tokenizers
 from corpus import read_corpus
+from files import check_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser
 
@@ -69,6 +70,7 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: str | Path, model_max_lengt
 
 
 def main(arguments: TokenizerArguments):
+    check_folder("output_dir", arguments.output_dir, ("tokenizer.json", "tokenizer_config.json"))
     corpus = read_corpus("train")
     tokenizer = train_tokenizer(corpus.texts, arguments.vocab_size)
     save_tokenizer(tokenizer, arguments.output_dir, arguments.model_max_length)

@@ -1,12 +1,19 @@
 """The settings of `train.py`: flags of `run_clm` where it has them, defaults of the paper where it gives them."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import is_finite
+from settings import check_types, read_settings, types_of
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_LR_RATE = 0.1
+# Settings of a name that may also be true: the newest checkpoint of output_dir, sharding with what fsdp_config says.
+SWITCHES = ("resume_from_checkpoint", "fsdp")
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 def check_counts(settings: object, *names: str) -> None:
@@ -15,6 +22,22 @@ def check_counts(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+
+
+def check_numbers(settings: object, **ranges: tuple[float, float]) -> None:
+    """
+    Raises ValueError where a number of a data class is not finite, or a named one is outside of its range, whose ends
+    are allowed; one that is None is not set.
+    """
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if not is_finite(value):
+            raise ValueError(f"`{item.name}` must be finite, but got {value}.")
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"`{name}` must be {bounds}, but got {value}.")
 
 
 @dataclass
@@ -78,6 +101,7 @@ class DataArguments:
             raise ValueError(
                 f"`dataset_config_name` must go with `dataset_name`, but got only {self.dataset_config_name!r}."
             )
+        check_numbers(self)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
                 "`validation_split_percentage` must be between 0 and 100, both excluded, but got "
@@ -106,9 +130,19 @@ class SpiralTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
 
     def __post_init__(self):
-        # YAML reads 6e-4, without a point, as text.
+        # From YAML by way of an experiment: 6e-4, without a point, is text there.
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
             setattr(self, name, float(getattr(self, name)))
+        check_numbers(
+            self,
+            **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), (0, math.inf)),
+            **dict.fromkeys(("max_grad_norm", "num_train_epochs"), (0, math.inf)),
+            **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
+            **dict.fromkeys(("seed", "data_seed"), (0, LARGEST_SEED)),
+        )
+        if self.max_steps != -1:  # which leaves the steps to num_train_epochs
+            check_counts(self, "max_steps")
+        check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
         # Perplexity and bits per byte are computed from the losses.
@@ -118,11 +152,16 @@ class SpiralTrainingArguments(TrainingArguments):
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpiralTrainingArguments]:
-    """Reads the command line, or the one .yaml, .yml or .json file that it names. An unknown key is an error."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, SpiralTrainingArguments))
-    suffix = Path(argv[0]).suffix if len(argv) == 1 else ""
-    if suffix in (".yaml", ".yml"):
-        return parser.parse_yaml_file(argv[0])
-    if suffix == ".json":
-        return parser.parse_json_file(argv[0])
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    """
+    Reads the command line, or the one .yaml, .yml or .json file that it names.
+
+    Raises ValueError for an unknown key of such a file, and for a value of a type that its setting does not have.
+    """
+    classes = (ModelArguments, DataArguments, SpiralTrainingArguments)
+    parser = HfArgumentParser(classes)
+    if len(argv) != 1 or Path(argv[0]).suffix not in (".yaml", ".yml", ".json"):
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    kinds = types_of(*classes) | {
+        name: kind | bool for name, kind in types_of(SpiralTrainingArguments).items() if name in SWITCHES
+    }
+    return parser.parse_dict(check_types(read_settings("settings", argv[0]), kinds, argv[0]))

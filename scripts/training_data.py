@@ -1,38 +1,90 @@
 """Text for training and evaluation: read, tokenized, and packed into blocks of equal length without padding."""
 
+import hashlib
 import logging
+import warnings
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from corpus import SPLITS, read_corpus
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from files import check_text_file, read_text
+from pandas.errors import ParserWarning
 from tokenizers.decoders import ByteLevel
 from training_arguments import DataArguments
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+
+def cell_text(cell: str) -> str | None:
+    """A cell of a CSV file as it stands there: pandas would read NA as nothing and 007 as 7. An empty one is null."""
+    return cell or None
+
+
 # File ending -> the builder of the `datasets` library and its options.
 FILE_BUILDERS = {
-    ".txt": ("text", {"sample_by": "document"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
+    ".csv": ("csv", {"converters": {"text": cell_text}, "keep_default_na": False, "index_col": False}),
 }
+FILE_ENDINGS = (".txt", *FILE_BUILDERS)
+
+
+def read_documents(path: str, digest: str) -> Iterator[dict[str, str]]:
+    """A file of text as its one document. The digest tells the cache of `datasets` when the file has changed."""
+    yield {"text": read_text("path", path)}
+
+
+def check_documents(field: str, where: str, documents: Dataset) -> Dataset:
+    """The column `text` alone; ValueError, naming the data, where it is missing, no text, or null or empty in all."""
+    if "text" not in documents.column_names:
+        raise ValueError(f"`{field}` must have a column `text`, but {where} has {documents.column_names}.")
+    documents = documents.select_columns("text")
+    nulls = pc.is_null(documents.with_format("arrow")["text"][:])
+    if (row := pc.index(nulls, True).as_py()) >= 0:
+        raise ValueError(f"`{field}` must have text in the column `text`, but row {row + 1} of {where} is null.")
+    kind = documents.features["text"]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"`{field}` must have text in the column `text`, but that of {where} holds {kind}.")
+    if not any(documents["text"]):
+        raise ValueError(f"`{field}` must hold text, but all {len(documents)} documents of {where} are empty.")
+    return documents
 
 
 def load_file(field: str, path: str) -> Dataset:
-    """Reads one train_file or validation_file."""
+    """
+    Reads one file as documents in the column `text`.
+
+    Raises ValueError, naming setting, file and row, where it cannot be read, is not UTF-8, or a document is missing.
+    """
     suffix = Path(path).suffix
-    if suffix not in FILE_BUILDERS:
-        raise ValueError(f"`{field}` must end in one of {list(FILE_BUILDERS)}, but got {path!r}.")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`{field}` must be an existing file, but got {path!r}.")
+    if suffix not in FILE_ENDINGS:
+        raise ValueError(f"`{field}` must end in one of {list(FILE_ENDINGS)}, but got {path!r}.")
+    check_text_file(field, path)
     if Path(path).stat().st_size == 0:
         raise ValueError(f"`{field}` must hold text, but {path!r} is empty.")
-    builder, options = FILE_BUILDERS[suffix]
-    return load_dataset(builder, data_files=path, split="train", **options)
+    if suffix == ".txt":  # the builder for text would make every line end a "\n"
+        with open(path, "rb") as file:
+            source = {"path": path, "digest": hashlib.file_digest(file, "sha256").hexdigest()}
+        documents = Dataset.from_generator(read_documents, gen_kwargs=source)
+    else:
+        builder, options = FILE_BUILDERS[suffix]
+        try:
+            with warnings.catch_warnings():
+                # Of rows longer than the header pandas would drop cells, or take the first for names of the rows.
+                warnings.simplefilter("error", ParserWarning)
+                documents = load_dataset(builder, data_files=path, split="train", **options)
+        except (DatasetGenerationError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"`{field}` must be a {suffix} file of rows, but {path!r} cannot be read: {cause}"
+            ) from error
+    return check_documents(field, repr(path), documents)
 
 
 def load_standard_library(validation_percentage: float) -> DatasetDict:
@@ -57,16 +109,14 @@ def load_texts(arguments: DataArguments) -> DatasetDict:
                 f"`dataset_name` must have one of the splits {list(SPLITS)}, but {arguments.dataset_name!r} has "
                 f"{list(loaded)}."
             )
+        for split, documents in splits.items():
+            where = f"the {split} split of {arguments.dataset_name!r}"
+            splits[split] = check_documents("dataset_name", where, documents)
     elif arguments.train_file or arguments.validation_file:
         files = {"train": arguments.train_file, "validation": arguments.validation_file}
         splits = DatasetDict({split: load_file(f"{split}_file", path) for split, path in files.items() if path})
     else:
         splits = load_standard_library(arguments.validation_split_percentage)
-    for split, documents in splits.items():
-        if "text" not in documents.column_names:
-            raise ValueError(f"The {split} data must have a column `text`, but has {documents.column_names}.")
-        # The other columns would only be carried along.
-        splits[split] = documents.select_columns("text")
     return splits
 
 
@@ -131,6 +181,15 @@ def make_blocks(
         if limits[split] is not None:
             blocks[split] = blocks[split].select(range(min(count, limits[split])))
     return {split: blocks[split] for split in needed}
+
+
+def check_bytes(field: str, blocks: Dataset, byte_lengths: np.ndarray) -> None:
+    """Raises ValueError where no predicted token of the blocks stands for a byte: there are no bits per byte then."""
+    batches = blocks.with_format("numpy").iter(batch_size=1000)
+    if not any(byte_lengths[batch["input_ids"][:, 1:]].any() for batch in batches):
+        raise ValueError(
+            f"`{field}` must give blocks with text to evaluate on, but all of them are of empty documents."
+        )
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:

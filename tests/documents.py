@@ -1,4 +1,4 @@
-"""The code blocks of README and docs, and a way to run them."""
+"""The code blocks of README and docs, and a way to run them; and what the Makefile says."""
 
 import os
 import re
@@ -8,13 +8,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenization" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+(OLDEST,) = re.findall(r"^OLDEST = (.*)$", MAKEFILE, re.MULTILINE)  # supported version of transformers
 BLOCK = re.compile(r"(<!-- needs the network -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
 def blocks(page: str | Path, language: str) -> list[tuple[str, bool]]:
     """Code blocks of a page in one language: text, and whether it needs the network."""
-    found = BLOCK.findall((ROOT / page).read_text())
+    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     return [(text, bool(network)) for network, kind, text in found if kind == language]
+
+
+def offline(text: str) -> str:
+    """A snippet with the tokenizer of this project in place of one from the Hub."""
+    return re.sub(r'from_pretrained\("EleutherAI/[^"]*"\)', "from_pretrained(TOKENIZER_FOLDER)", text)
 
 
 def commands(page: str | Path) -> list[str]:
@@ -26,6 +33,6 @@ def commands(page: str | Path) -> list[str]:
 def run(command: list[str], folder: Path, **environment: str) -> str:
     """Runs a command in a folder with this checkout's package, and returns what it printed; it must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout

@@ -124,7 +124,7 @@ def check_refusals(expected: dict) -> None:
 def run_documentation() -> None:
     """The snippets of docs/hub.md that push, and that pull with the package; and the example."""
     snippets = [text for text, network in blocks("docs/hub.md", "python") if network]
-    with_package = [text for text in snippets if "import modeling_spiralformer" in text]
+    with_package = [text for text in snippets if "modeling_spiralformer" in text]
     assert len(snippets) == 3 and len(with_package) == 2 and "push_to_hub" in with_package[0]
     for text in with_package:
         exec(text, {})

@@ -7,7 +7,7 @@ from make_configurations import all_configs, published_config, to_json
 from model_table import format_table, measure, table_row
 from published import PUBLISHED_MODELS
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, configuration_folder
 
 
 @pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.name)
@@ -23,7 +23,13 @@ def test_files_are_what_the_script_writes():
     assert len(configs) == 23 == len(list(Path("configuration").iterdir()))
     for name, config in configs.items():
         assert Path("configuration", name, "config.json").read_text() == to_json(config), name
-        assert SpiralFormerConfig.from_pretrained(f"configuration/{name}").to_dict() == config.to_dict()
+        assert SpiralFormerConfig.from_pretrained(configuration_folder(name)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["tiny2", "configuration/tiny", "../tokenization", "", Path("tiny")])
+def test_a_name_that_is_none_of_them_is_refused(name):
+    with pytest.raises(ValueError, match=r"`name` must be one of \[.*'spiralformer-b-mesh-160m', .*'tiny'\], but got"):
+        configuration_folder(name)
 
 
 def test_tiny_has_about_a_million_parameters():

@@ -326,6 +326,7 @@ def test_lambada_is_a_count_by_hand(checkpoint, lambada, tokenizer):
     "lines, error, message",
     [
         (None, FileNotFoundError, "`lambada_folder` must be a folder with lambada_test.jsonl"),
+        ('{"passage"', ValueError, "lambada_test.jsonl must hold JSON in UTF-8, a passage a line"),
         ('{"passage": "a b"}', ValueError, "must have a field `text`"),
         ('{"text": "a b"}\n{"text": "word"}', ValueError, "passage 2 must have two words or more, but got 'word'"),
     ],

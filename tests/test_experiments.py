@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import experiment_plan
 import pytest
 import torch
 import yaml
 from documents import commands
-from experiment import held, main
-from experiment_plan import Experiment, load_experiment
+from experiment import Runner, held, main
+from experiment_plan import Experiment, Run, config_fields, load_experiment
 from experiment_run import last_whole_checkpoint, train_run, training_arguments
 from experiment_store import append_line, drop_torn_line, read_lines
 from matching import count_costs, count_parameters, match_parameters, match_steps, meta_model, parameters_per_unit
@@ -77,7 +78,7 @@ def test_committed_experiments_are_matched(path):
     tokens, targets = set(), set()
     for name, entry in plan.models.items():
         settings = plan.run(name, plan.seeds[0], plan.learning_rates[0]).settings
-        tokens.add(settings["steps"] * settings["batch_size"] * settings["block_size"])
+        tokens.add(settings["steps"] * settings["batch_size"] * plan.example_length)
         target = (plan.common | entry).get("non_embedding_parameters")
         if target is not None:
             config = plan.model_config(name)
@@ -123,6 +124,30 @@ def test_a_key_hangs_on_everything_that_decides_a_run():
     assert len({first.key, *(experiment(**change).run("spiral", 0, 1e-3).key for change in changes)}) == 1 + len(
         changes
     )
+
+
+def test_finished_runs_keep_their_keys():
+    lines = read_lines(ROOT / "docs" / "results" / "runs.jsonl")
+    assert len(lines) >= 59
+    for line in lines:
+        assert Run(line["experiment"], line["model"], line["settings"], 0).key == line["key"]
+
+
+def test_a_field_that_came_later_is_part_of_a_key_only_where_it_differs(monkeypatch):
+    """A made-up field whose default hangs on another one, as the number of key heads does on that of heads."""
+    settings = experiment().run("spiral", 0, 1e-3).settings
+    before = Run("small", "spiral", settings, 0).key
+
+    def with_later(config: SpiralFormerConfig) -> dict:
+        return config_fields(config) | {"num_later_heads": config.num_attention_heads}
+
+    monkeypatch.setattr(experiment_plan, "config_fields", with_later)
+    after = experiment().run("spiral", 0, 1e-3)
+    assert after.settings["config"]["num_later_heads"] == 2 and after.key == before
+    other = settings | {"config": after.settings["config"] | {"num_later_heads": 1}}
+    assert Run("small", "spiral", other, 0).key != before
+    first = settings | {"config": settings["config"] | {"share_core": False}}  # a default among the first fields
+    assert Run("small", "spiral", first, 0).key != before
 
 
 @pytest.mark.parametrize(
@@ -185,6 +210,20 @@ def test_the_sweep_comes_first_and_chooses_the_rate_of_lowest_loss():
     assert plan.pending(lines + [line_of(run, 2.0) for run in ready]) == ([], [])
 
 
+def test_a_sweep_may_have_a_budget_of_its_own():
+    plan = experiment(sweep_budget={"tokens": 128})
+    ready, waiting = plan.pending([])
+    assert [run.settings["steps"] for run in ready] == [2] * 4 and len(waiting) == 4
+    assert {run.settings["steps"] for run in waiting} == {8}
+    lines = [line_of(run, loss) for run, loss in zip(ready, (3.0, 2.0, 2.5, 2.6), strict=True)]
+    assert plan.chosen_rate("plain", lines) == 1e-2 and plan.finished("plain", lines) == {}
+    ready, waiting = plan.pending(lines)
+    planned = [(run.model, run.settings["seed"], run.settings["learning_rate"]) for run in ready]
+    assert planned == [("plain", 0, 1e-2), ("spiral", 0, 1e-3), ("plain", 1, 1e-2), ("spiral", 1, 1e-3)]
+    assert {run.settings["steps"] for run in ready} == {8} and waiting == []
+    assert plan.pending(lines + [line_of(run, 2.0) for run in ready]) == ([], [])
+
+
 def test_a_model_whose_every_rate_diverged_has_no_more_runs():
     plan = experiment()
     ready, _ = plan.pending([])
@@ -229,6 +268,13 @@ def test_parameters_are_counted_without_embedding_and_head():
     assert total - non_embedding == 2 * 300 * 16
     assert total == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     assert meta_model(config).device.type == "meta"
+
+
+def test_a_tied_head_is_the_embedding_and_counts_once():
+    options = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
+    tied, untied = (SpiralFormerConfig(**options, tie_word_embeddings=tie) for tie in (True, False))
+    assert count_parameters(tied)[1] == count_parameters(untied)[1]
+    assert count_parameters(untied)[0] - count_parameters(tied)[0] == 300 * 16
 
 
 def test_budgets_are_met():
@@ -403,11 +449,20 @@ def start_runner(tmp_path, data_dir) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("name, path", [("runs_dir", "runs/lock"), ("lines", "runs.jsonl")])
+@pytest.mark.parametrize("name, path", [("runs_dir", "runs/runner"), ("lines", "runs.jsonl")])
 def test_a_runner_beside_another_is_refused(name, path, data_dir, tmp_path):
     with held(name, tmp_path / path), pytest.raises(ValueError, match=f"`{name}` must not be in use"):
         main(runner_arguments(tmp_path, data_dir))
     assert not (tmp_path / "runs.jsonl").exists() or not (tmp_path / "runs.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "foreign"])
+def test_every_text_is_read_before_the_first_run(name, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Runner, "run", lambda self: pytest.fail("the runs have begun"))
+    file = SMALL["text"][name]
+    (data_dir / file).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"`{name}` must be text in UTF-8, but '.*{file}' is not"):
+        main(runner_arguments(tmp_path, data_dir))
 
 
 @pytest.mark.processes

@@ -75,11 +75,6 @@ def test_targets_are_every_layer_and_not_the_head(share_core):
     assert {re.sub("write|read", "*", name) for name in everything} == layers | small
 
 
-def test_the_default_asks_for_targets():
-    with pytest.raises(ValueError, match="target_modules"):
-        get_peft_model(small_model(), LoraConfig(task_type="CAUSAL_LM"))
-
-
 def test_the_cores_adapter_acts_in_every_iteration():
     model, calls = adapted(), {}
     for name, module in adapters(model).items():

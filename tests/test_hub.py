@@ -16,8 +16,16 @@ from documents import ROOT, commands, run
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import HfApi, ModelCard
 from model_card import make_card
-from support import small_config, small_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from support import large_weights, random_ids, small_config, small_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 import modeling_spiralformer as package
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
@@ -35,8 +43,6 @@ def hub():
 def pushed(hub, tmp_path_factory) -> Path:
     """The folder where `hub_push.py` ran: it pushed everything, and wrote down what."""
     folder = tmp_path_factory.mktemp("pushed")
-    for name in ("configuration", "tokenization"):
-        (folder / name).symlink_to(ROOT / name)
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
     command = [sys.executable, str(ROOT / "tests" / "hub_push.py"), str(folder)]
     run(command, folder, **hub.environment(folder / "home") | {"PYTHONPATH": path})
@@ -83,6 +89,26 @@ def test_pull_without_the_package(pushed, hub, tmp_path):
     hub.repositories["me/other-code"] = other
     command = [sys.executable, str(ROOT / "tests" / "hub_pull.py"), str(pushed)]
     run(command, tmp_path, **hub.environment(tmp_path / "home"))
+
+
+@pytest.mark.processes
+def test_folders_load_where_the_package_is_not_installed(tmp_path):
+    """Each Auto class from a folder of `save_pretrained` and of `Trainer`, and a configuration alone."""
+    ids = random_ids(3, 21)
+    expected = {"ids": ids}
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    for name, model_class in AUTO_CLASSES.items():
+        model = large_weights(model_class(small_config(num_labels=3))).eval()
+        model.save_pretrained(tmp_path / name)
+        settings = TrainingArguments(str(tmp_path / f"{name}_by_Trainer"), report_to="none", use_cpu=True)
+        Trainer(model, settings, processing_class=tokenizer).save_model()
+        with torch.no_grad():
+            expected[name] = expected[f"{name}_by_Trainer"] = model(ids)[0]
+    small_config().save_pretrained(tmp_path / "config")
+    torch.save(expected, tmp_path / "expected.pt")
+    command = [sys.executable, str(ROOT / "tests" / "folder_pull.py"), str(tmp_path)]
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    assert "loaded 10" in run(command, tmp_path, **environment)
 
 
 @pytest.mark.processes

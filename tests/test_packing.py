@@ -98,19 +98,6 @@ def test_a_document_does_not_see_what_stands_before_it():
     assert gradient[0, :11].eq(0).all() and gradient[0, 11:].ne(0).all()
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 2, 5, 6, 7, 8, 20], [3, 4, 5, 6, 7, 8, 9, 10]])
-def test_positions_that_only_jump_forward_are_one_document(positions):
-    """They turn the token layers and cut nothing: the mask of the library would cut at every jump."""
-    position_ids = torch.tensor([positions])
-    model, ids = small_model(), random_ids(1, 8)
-    with torch.no_grad():
-        jumping = model(ids, position_ids=position_ids).logits
-        changed = model(ids.where(torch.arange(8) > 0, 5), position_ids=position_ids).logits
-        uncached = model(ids, position_ids=position_ids, use_cache=False).logits
-    assert (jumping - changed).abs().amax(-1).gt(1e-6).all()
-    assert (jumping - uncached).abs().max() < 1e-9
-
-
 # -- training -----------------------------------------------------------------------------------------------------
 
 

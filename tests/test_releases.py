@@ -3,17 +3,19 @@
 import sys
 
 import pytest
-from documents import ROOT, run
+from documents import OLDEST, ROOT, run
 
-OLDEST = ROOT / ".venv-min" / "bin" / "python"
+OLDEST_PYTHON = ROOT / f".venv-{OLDEST}" / "bin" / "python"
 needs_oldest = pytest.mark.skipif(
-    not OLDEST.exists(), reason="`make test-min` makes the environment of the oldest release"
+    not OLDEST_PYTHON.exists(), reason="`make test-min` makes the environment of the oldest release"
 )
 
 
 @needs_oldest
 @pytest.mark.processes
-@pytest.mark.parametrize("saver, puller", [(sys.executable, OLDEST), (OLDEST, sys.executable)], ids=["old", "new"])
+@pytest.mark.parametrize(
+    "saver, puller", [(sys.executable, OLDEST_PYTHON), (OLDEST_PYTHON, sys.executable)], ids=["old", "new"]
+)
 def test_saved_by_one_release_and_pulled_by_the_other(saver, puller, tmp_path):
     command = [str(ROOT / "tests" / "release_checkpoint.py")]
     folder, home = tmp_path / "checkpoint", {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}

@@ -365,8 +365,9 @@ def test_a_family_has_one_colour_in_all_pictures(figures):
         handles, labels = figure.axes[0].get_legend_handles_labels()
         lines = [handle.lines[0] if hasattr(handle, "lines") else handle for handle in handles]
         found = {label: (line.get_color(), line.get_marker()) for label, line in zip(labels, lines, strict=True)}
-        assert found == report_plots.STYLES
-    assert len({colour for colour, _ in report_plots.STYLES.values()}) == len(MAIN)
+        assert found == {name: report_plots.STYLES[name] for name in MAIN}
+    for models in (MAIN, load_experiment("scripts/experiments/molecules_150k.yaml").models):
+        assert len({report_plots.style_of(name)[0] for name in models}) == len(models)
 
 
 def test_no_two_labels_of_an_axis_overlap(figures):

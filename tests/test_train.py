@@ -69,6 +69,31 @@ def test_fifty_steps_beat_the_unigram_entropy(text_file, tmp_path):
     assert (tmp_path / "model.safetensors").is_file() and AutoTokenizer.from_pretrained(tmp_path).vocab_size == 4096
 
 
+def test_smoothed_labels_change_no_figure_of_an_evaluation(text_file, tmp_path):
+    trainer = train.main(flags(text_file, tmp_path, "--max_steps", "20", "--label_smoothing_factor", "0.3"))
+    metrics = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    blocks = torch.tensor(trainer.eval_dataset["input_ids"])
+    with torch.no_grad():
+        loss = trainer.model.eval()(blocks, labels=blocks).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-5)
+    bits = loss * blocks[:, 1:].numel() / math.log(2) / metrics["eval_bytes"]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", ["num_core_layers=1", "num_core_layers=1,share_core=false", "num_core_layers=0,chunk_sizes=[]"]
+)
+def test_the_operations_of_a_run_count_the_core_once_for_each_latent(more, text_file, tmp_path):
+    overrides = ("--config_overrides", SMALL.replace("num_core_layers=1", more), "--do_eval", "False")
+    trainer = train.main(flags(text_file, tmp_path, "--max_steps", "1", *overrides))
+    model = trainer.model
+    weights = {name: sum(w.numel() for w in part.parameters()) for name, part in model.model.named_children()}
+    passes = 1 / 8 + 1 / 4 + 1 / 2 + 1
+    core = weights["core"] * passes / (4 if "share" in more else 1)
+    expected = core + sum(weights.values()) - weights["core"] - weights["embed_tokens"] + model.lm_head.weight.numel()
+    assert trainer.state.total_flos == pytest.approx(6 * 8 * 64 * expected, rel=1e-9)
+
+
 def test_bytes_of_every_token_add_up():
     lengths = token_byte_lengths(TOKENIZER)
     text = "def caf\u00e9(x):\n    return '\U0001f40d' * x  # \u4e2d\u6587\n"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 FILE = "lambada_test.jsonl"
 
@@ -21,7 +22,10 @@ def load_passages(lambada_folder: str | None = None, **metadata) -> DatasetDict:
     path = Path(lambada_folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"`lambada_folder` must be a folder with {FILE}, but got {str(lambada_folder)!r}.")
-    passages = load_dataset("json", data_files=str(path), split="train")
+    try:
+        passages = load_dataset("json", data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError) as error:  # of no UTF-8, too, and it names no file
+        raise ValueError(f"{path} must hold JSON in UTF-8, a passage a line: {error.__cause__ or error}") from error
     if "text" not in passages.column_names:
         raise ValueError(f"{path} must have a field `text` in every line, but has {passages.column_names}.")
     for number, text in enumerate(passages["text"]):

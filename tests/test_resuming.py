@@ -1,0 +1,228 @@
+"""Resumed runs: the numbers of a run that was never stopped, or a refusal that names what would change them."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import resuming
+import torch
+import train
+from corpus import standard_library_root
+from datasets import Dataset
+from experiment_run import last_whole_checkpoint
+
+SMALL = "hidden_size=32,intermediate_size=64,num_attention_heads=2,num_prelude_layers=1,num_core_layers=1"
+# Dropout draws random numbers in every step; without a topology that has weights, another one would fit them.
+MODEL = f"{SMALL},topology=anchor,hidden_dropout=0.1"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((standard_library_root() / "textwrap.py").read_text(encoding="utf-8"), encoding="utf-8")
+    return str(path)
+
+
+def run(text: str, output: Path, overrides: str = MODEL, **changes):
+    """Trains for four steps of two rows, saving after two; `changes` replace settings."""
+    settings = {"train_file": text, "output_dir": str(output), "config_overrides": overrides, "block_size": "64"}
+    settings |= {"per_device_train_batch_size": "2", "learning_rate": "1e-2", "max_steps": "4", "save_steps": "2"}
+    settings |= {"report_to": "none", "do_eval": "False", "disable_tqdm": "True", "logging_steps": "1"} | changes
+    return train.main([word for name, value in settings.items() for word in (f"--{name}", value)])
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that was never stopped, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(text, folder).model.state_dict(), folder
+
+
+@pytest.fixture
+def checkpoint(whole, tmp_path) -> Path:
+    """A copy of its checkpoint after two steps."""
+    return Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+def resume(text: str, checkpoint: Path, overrides: str = MODEL, **changes):
+    return run(
+        text, checkpoint.parent / "resumed", overrides, **{"resume_from_checkpoint": str(checkpoint), **changes}
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_whole_checkpoint_gives_the_same_weights(text, whole, checkpoint):
+    """Also with settings that do not change the numbers, and where another processes' work is not touched."""
+    resumed = resume(text, checkpoint, logging_steps="2", save_steps="1", dataloader_num_workers="1").model
+    for name, value in whole[0].items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_the_newest_checkpoint_of_the_folder(value, text, whole, checkpoint):
+    for name in ("checkpoint-3", "checkpoint-10"):  # killed while they were written
+        (checkpoint.parent / name).mkdir()
+    (checkpoint.parent / "checkpoint-10" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    resumed = run(text, checkpoint.parent, resume_from_checkpoint=value)
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in whole[0].items())
+    shutil.rmtree(checkpoint)
+    for folder in checkpoint.parent.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint` is .*`output_dir` must hold a whole checkp"):
+        run(text, checkpoint.parent, resume_from_checkpoint=value)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_without_a_part_is_refused_by_its_name(name, text, checkpoint):
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be a whole checkpoint, but .* lacks {name}"):
+        resume(text, checkpoint)
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"must be a whole checkpoint, but .* has a damaged {name}"):
+        resume(text, checkpoint)
+    if name != "trainer_state.json":  # which is what tells that a checkpoint is whole
+        shutil.copytree(checkpoint, checkpoint.parent / "resumed" / "checkpoint-2")
+        with pytest.raises(ValueError, match=f"has a damaged {name}"):
+            resume(text, checkpoint, resume_from_checkpoint="true")
+
+
+def test_half_precision_goes_on_with_its_scale(checkpoint):
+    with pytest.raises(ValueError, match="must be a whole checkpoint, but .* lacks scaler.pt"):
+        resuming.check_whole(checkpoint, SimpleNamespace(fp16=True))
+
+
+def test_a_checkpoint_without_weights_or_folder_is_refused_by_its_name(text, checkpoint):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint` must be a folder with config.json"):
+        resume(text, checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint` must be an existing folder, but got"):
+        resume(text, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changed, found",
+    [
+        ("topology=residual", "topology 'anchor' in place of 'residual'"),
+        ("chunk_offsets=[0,0,0,0]", r"chunk_offsets None in place of \[0, 0, 0, 0\]"),
+        ("hidden_dropout=0.0", "hidden_dropout 0.1 in place of 0.0"),
+        ("hidden_act=relu", "hidden_act 'gelu' in place of 'relu'"),
+        ("rope_parameters={'rope_theta':500.0}", "rope_parameters"),
+        ("num_coda_layers=1", "num_coda_layers 2 in place of 1"),
+    ],
+)
+def test_another_model_is_refused_by_its_field(changed, found, text, checkpoint):
+    name = changed.partition("=")[0]
+    kept = ",".join(item for item in MODEL.split(",") if not item.startswith(f"{name}="))
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be of the model that .* has {found}"):
+        resume(text, checkpoint, f"{kept},{changed}")
+
+
+def test_a_configuration_that_was_changed_in_the_checkpoint_is_refused(text, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"topology": "base"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="has topology 'base' in place of 'anchor'"):
+        resume(text, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"learning_rate": "2e-2"}, "learning_rate 0.01 in place of 0.02"),
+        ({"seed": "1"}, "seed 42 in place of 1, data_seed 42 in place of 1"),
+        ({"data_seed": "7"}, "data_seed 42 in place of 7"),
+        ({"weight_decay": "0"}, "weight_decay 0.01 in place of 0.0"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine_with_min_lr' in place of 'linear'"),
+        ({"warmup_steps": "2"}, "warmup_steps 0.01 in place of 2.0"),
+        ({"adam_beta2": "0.9"}, "adam_beta2 0.95 in place of 0.9"),
+        ({"max_grad_norm": "5"}, "max_grad_norm 1.0 in place of 5.0"),
+        ({"optim": "sgd"}, "optim 'adamw_torch[a-z_]*' in place of 'sgd'"),
+        ({"bf16": "True", "use_cpu": "True"}, "bf16 False in place of True"),
+        ({"per_device_train_batch_size": "4"}, "rows_per_step 2 in place of 4"),
+        ({"gradient_accumulation_steps": "2"}, "rows_per_step 2 in place of 4"),
+        # The rows of a step are the same, and each pass draws its own dropout.
+        ({"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}, "rows_at_once 2 in place of 1"),
+        ({"block_size": "32"}, "training text '84 rows of 5376 tokens.* in place of '1[67][0-9] rows of 5"),
+        ({"max_train_samples": "5"}, "training text .* in place of '5 rows of 320 tokens"),
+    ],
+)
+def test_settings_that_change_the_numbers_are_refused_by_name(changes, found, text, checkpoint):
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be of a run with the same settings.*{found}"):
+        resume(text, checkpoint, **changes)
+
+
+def test_another_text_in_the_same_file_is_refused(text, checkpoint, tmp_path):
+    """As long as the first, one letter changed."""
+    changed = tmp_path / "text.txt"
+    content = Path(text).read_text("utf-8")
+    changed.write_text(content.replace("Wrap", "Warp", 1), encoding="utf-8")
+    assert changed.read_text("utf-8") != content
+    with pytest.raises(ValueError, match="has training text"):
+        resume(str(changed), checkpoint)
+
+
+def test_without_dropout_the_rows_of_a_step_may_be_split_otherwise(text, tmp_path):
+    plain = MODEL.replace("0.1", "0.0")
+    expected = losses(run(text, tmp_path / "whole", plain))
+    split = {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}
+    found = losses(resume(text, tmp_path / "whole" / "checkpoint-2", plain, **split))
+    assert len(expected) == 4 and found == pytest.approx(expected, rel=1e-5)  # sums in another order
+
+
+def test_a_run_goes_on_longer_and_never_shorter(text, checkpoint, caplog):
+    with pytest.raises(ValueError, match="`max_steps` must be above 2, the step of the checkpoint, but got 2"):
+        resume(text, checkpoint, max_steps="2")
+    with pytest.raises(ValueError, match="`max_steps` must be at least 4, as planned when the run began, but got 3"):
+        resume(text, checkpoint, max_steps="3")
+    assert resume(text, checkpoint, max_steps="5").state.global_step == 5
+    assert "the run goes on to step 5 in place of 4" in caplog.text
+    final = checkpoint.parent / "resumed" / "checkpoint-5"
+    with pytest.raises(ValueError, match="`max_steps` must be above 5, the step of the checkpoint, but got 5"):
+        resume(text, final, max_steps="5")
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(text, checkpoint):
+    """Only the record of scripts/train.py says what the run was."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text("utf-8"))
+    del state["stateful_callbacks"]["RunRecord"]
+    path.write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ValueError, match="must be a checkpoint of scripts/train.py, but .*`model_name_or_path`"):
+        resume(text, checkpoint)
+
+
+def test_the_record_survives_when_callbacks_are_restored(text, whole, checkpoint):
+    resumed = resume(text, checkpoint, restore_callback_states_from_checkpoint="True")
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in whole[0].items())
+    assert resume(text, checkpoint.parent / "resumed" / "checkpoint-4", max_steps="5").state.global_step == 5
+
+
+def test_rows_are_told_apart_by_their_tokens():
+    first = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]})
+    assert resuming.describe_rows(first) == resuming.describe_rows(Dataset.from_dict(first[:]))
+    for other in ([[1, 2], [4, 3]], [[3, 4], [1, 2]], [[1, 2, 3, 4]], [[1], [2, 3, 4]], [[1, 2]]):
+        assert resuming.describe_rows(Dataset.from_dict({"input_ids": other})) != resuming.describe_rows(first)
+
+
+def test_weights_alone_are_evaluated_without_the_rest(text, checkpoint):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).unlink()
+    trainer = resume(text, checkpoint, do_train="False", do_eval="True", max_eval_samples="1")
+    assert trainer.state.log_history[-1]["eval_bits_per_byte"] > 0
+    with pytest.raises(ValueError, match="must be of the model"):
+        resume(text, checkpoint, SMALL, do_train="False", do_eval="True")
+
+
+def test_the_newest_whole_checkpoint_is_found_whatever_lies_beside_it(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}), "utf-8")
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
