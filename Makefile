@@ -64,7 +64,8 @@ test-version:
 	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS must name a version: make test-version TRANSFORMERS=5.23.0"; exit 2; }
 	$(MAKE) .venv-$(TRANSFORMERS)/.installed
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_mutations.py \
-		tests/test_generation.py tests/test_modeling.py tests/test_arguments.py tests/test_cache_name.py -k "not compile"
+		tests/test_static_cache.py tests/test_generation.py tests/test_modeling.py tests/test_arguments.py \
+		tests/test_cache_name.py -k "not compile"
 
 # The requirements of setup.py by name alone, so that its bounds hold no new release back.
 NAMES = import importlib.metadata as m, re; print(*(re.match(r"[\w.-]+(\[.*?\])?", r)[0] for r in m.requires("spiralformer")), sep="\n")

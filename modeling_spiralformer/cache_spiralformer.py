@@ -26,7 +26,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, Filling
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
-from .level_spiralformer import Level, StaticLevel, append_columns, write_columns, write_one_column
+from .level_spiralformer import Level, StaticLevel, append_columns, copy_columns, write_columns
 
 
 class GrowingLayer(DynamicLayer):
@@ -199,18 +199,12 @@ class SpiralFormerStaticLatentLayer(UncroppableLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, filling: Filling | None = None, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds `(B, H, K, D // H)` keys and values; returns those of all latent columns up to `filling.last`."""
+        """Adds `(B, H, K, D // H)` keys and values; returns those of all latent columns."""
         if filling is None:
             raise ValueError("`filling` must say which chunks the keys belong to: this cache layer holds latents.")
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(filling.first, torch.Tensor):
-                write_one_column(stored, new, filling.first, filling)
-            else:
-                columns = stored[..., filling.first : filling.last, :]
-                columns.copy_(
-                    new if filling.fresh is None else torch.where(filling.fresh[:, None, :, None], new, columns)
-                )
-        return self.keys[..., : filling.last, :], self.values[..., : filling.last, :]
+            copy_columns(stored, new, filling.first, filling.fresh)
+        return self.keys, self.values
 
     @property
     def cumulative_length(self) -> torch.Tensor:
@@ -244,8 +238,11 @@ class SpiralFormerStaticLatentLayer(UncroppableLayer):
 def map_rows(
     layer: "SpiralFormerLatentLayer | SpiralFormerStaticLatentLayer", change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Applies a change of the batch dimension to a layer's keys and values, and to the level where it owns one."""
-    if layer.level is None:
+    """Applies a change of the batch dimension to a layer's keys and values, and to the level where it owns one.
+
+    A layer that holds nothing has no rows yet: the next call says how many.
+    """
+    if layer.level is None or layer.level.is_new:
         return
     if layer.owns_level:
         layer.level.map_rows(change)
@@ -309,8 +306,11 @@ def bind_levels(
 
     first, count = config.num_prelude_layers, config.num_core_layers
     cores = [layers[first + t * count : first + (t + 1) * count] for t in range(len(grids))]
-    if all(core[0].level is None or core[0].level.seen == 0 for core in cores) and layers[0].get_seq_length() == 0:
-        if cache.is_compileable:
+    static, compiling = cache.is_compileable, is_torchdynamo_compiling()
+    is_new = all(core[0].level is None or core[0].level.is_new for core in cores)
+    # A static cache counts in a tensor, which a compiled call cannot look at.
+    if is_new and ((static and compiling) or layers[0].get_seq_length() == 0):
+        if static:
             fit_static_layers(cache, inputs_embeds.shape[0])
         else:
             restart(cache)
@@ -325,12 +325,10 @@ def bind_levels(
         raise ValueError(f"{expected}, but got one built for other chunk sizes, offsets or shifts.")
     if any(level.unfinished for level in levels):
         raise ValueError(f"{expected} and whole, but an error ended a forward that was writing to it: call reset().")
-    if levels[0].seen and levels[0].rows != inputs_embeds.shape[0]:
+    if not levels[0].is_new and levels[0].rows != inputs_embeds.shape[0]:
         raise ValueError(f"{CACHE_ARGUMENT} holds {levels[0].rows} rows, but the input has {inputs_embeds.shape[0]}.")
-    if cache.is_compileable:
-        held, size = levels[0].seen + inputs_embeds.shape[1], levels[0].max_tokens
-        if held > size:
-            raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
+    if static:
+        check_room(levels, inputs_embeds.shape[1])
     else:
         for core, level in zip(cores, levels, strict=True):
             level.recording = core[0].record_past
@@ -338,6 +336,39 @@ def bind_levels(
         if set(seen) != {cache.get_seq_length()}:
             raise ValueError(f"{expected} and whole, but its levels hold {seen} of {cache.get_seq_length()} tokens.")
     return levels
+
+
+def read_column(levels: list[StaticLevel]) -> None:
+    """Reads from the device how many columns compiled calls have fed, where they have: one read for all levels."""
+    if levels[0].seen is None:
+        seen = int(levels[0].column)
+        for level in levels:
+            level.seen = seen
+
+
+def check_room(levels: list[StaticLevel], length: int) -> None:
+    """Refuses `length` more tokens than fit; compiled calls leave that to the device.
+
+    Raises:
+        `ValueError`: naming the size of the cache.
+    """
+    size = levels[0].max_tokens
+    if is_torchdynamo_compiling():
+        torch._assert_async(levels[0].column + length <= size, f"{CACHE_ARGUMENT} is full: see its max_cache_len")
+        return
+    read_column(levels)
+    held = levels[0].seen + length
+    if held > size:
+        raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
+
+
+def settle_levels(cache: Cache) -> None:
+    """Looks at the padding that a compiled prefill left on the device: until then every level runs at every column."""
+    levels = [layer.level for layer in cache.layers if getattr(layer, "owns_level", False)]
+    if levels:
+        read_column(levels)
+    for level in levels:
+        level.settle()
 
 
 class SlotView:
@@ -377,4 +408,5 @@ __all__ = [
     "SpiralFormerStaticTokenLayer",
     "SpiralFormerTokenLayer",
     "bind_levels",
+    "settle_levels",
 ]

@@ -86,12 +86,23 @@ def write_columns(stored: torch.Tensor, new: torch.Tensor, filling: Filling, ori
     return stored
 
 
-def write_one_column(stored: torch.Tensor, new: torch.Tensor, column: torch.Tensor, filling: Filling) -> None:
-    """Writes `(B, ..., 1, D)` into one column (a tensor) of a store `(B, ..., columns, D)` of fixed address."""
-    if filling.fresh is not None:
-        fresh = filling.fresh.view(-1, *[1] * (new.dim() - 1))
-        new = torch.where(fresh, new, stored.index_select(-2, column[None]))
-    stored.index_copy_(-2, column[None], new)
+def copy_columns(
+    stored: torch.Tensor, new: torch.Tensor, first: int | torch.Tensor, fresh: torch.Tensor | None
+) -> None:
+    """Writes `(B, ..., K, D)` into the columns from `first` on, of a store of fixed address.
+
+    Args:
+        stored: `(B, ..., columns, D)`.
+        fresh: `(B or 1, K)`, False where a column keeps what it had; None where all are written.
+    """
+    count = new.shape[-2]
+    if count == 1 and isinstance(first, torch.Tensor):
+        columns = first[None]
+    else:
+        columns = torch.arange(count, device=new.device) + first
+    if fresh is not None:
+        new = torch.where(fresh.view(-1, *[1] * (new.dim() - 3), count, 1), new, stored.index_select(-2, columns))
+    stored.index_copy_(-2, columns, new)
 
 
 def read_slots(updates: torch.Tensor, position: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
@@ -128,33 +139,51 @@ class Level:
         self.first_latent = 0
 
     @property
-    def skips_idle_rows(self) -> bool:
-        """Whether rows of a padded batch that fill nothing are left out of the core."""
-        return self.cached
-
-    @property
     def rows(self) -> int:
         """B, the number of rows that are kept."""
         return self.tokens.shape[0]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no column has been fed."""
+        return self.seen == 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether every row has had a token: its padding is final then."""
+        return self.seen > 0 and (self.padding is None or max(self.padding.on_host) < self.seen)
+
+    @property
+    def past(self) -> int | torch.Tensor:
+        """How many columns of the batch there were before this call."""
+        return self.seen
+
+    @property
+    def window_start(self) -> int | torch.Tensor:
+        """The column of the oldest token state."""
+        return self.seen - self.tokens.shape[1]
+
+    def begin(self, length: int, padding: LeftPadding | None, right_padded: bool, every_row: bool) -> None:
+        """A call of `length` tokens begins. Nothing is refused from here on: what fails now leaves parts unwritten."""
+        self.padding, self.right_padded, self.every_row, self.unfinished = padding, right_padded, every_row, True
 
     def feed(self, states: torch.Tensor) -> Filling | None:
         """Takes `(B, S, D)` new token states; returns what they fill, None where they fill nothing."""
         start, self.seen = self.seen, self.seen + states.shape[1]
         self.tokens = states if self.tokens is None else torch.cat([self.tokens, states], dim=1)
         return self.grid.filling(
-            start, self.seen, self.padding, states.device, skip_idle=self.skips_idle_rows, every_row=self.every_row
+            start, self.seen, self.padding, states.device, skip_idle=self.cached, every_row=self.every_row
         )
 
     def members(self, filling: Filling) -> torch.Tensor:
         """The token states `(R, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
-        window_start = self.seen - self.tokens.shape[1]
         size = self.grid.size
         if isinstance(filling.member_columns, int):
-            start = filling.member_columns - window_start
+            start = filling.member_columns - self.window_start
             window = nn.functional.pad(self.tokens, (0, 0, -start, 0)) if start < 0 else self.tokens[:, start:]
             return window[:, : filling.count * size].unflatten(1, (-1, size))
         window = self.tokens if filling.rows is None else self.tokens[filling.rows]
-        index = (filling.member_columns - window_start).clamp(0, window.shape[1] - 1)
+        index = (filling.member_columns - self.window_start).clamp(0, window.shape[1] - 1)
         rows = torch.arange(window.shape[0], device=window.device).view(-1, 1, 1)
         return window[rows, index]
 
@@ -267,13 +296,43 @@ class PackedLevel(Level):
         return read_slots(updates, *self.grid.packed_reads(self.documents))
 
 
-class StaticLevel(Level):
-    """A level in tensors of fixed size and address, so that a decode step compiles.
+class Turn:
+    """A place in the round of g columns: whether a row fills a chunk there, and the turn of the next column.
 
-    Tokens and latents sit in rings: batch column a in slot a mod g, latent column c in slot c mod n. Python integers
-    only choose whether the core runs; every position in a one-token step is a tensor. A padded batch runs all its rows
-    at columns where any of them fills, and writes only those that do. Longer calls unpack the rings, go the way of
-    `Level`, and pack them again.
+    A compiled step looks at the turn and goes on to the next: it is compiled once for each set of levels that fill
+    together. If it looked at a count of columns, it would be compiled again for every count.
+    """
+
+    def __init__(self, fills: bool):
+        self.fills = fills
+        self.next = self
+
+    @classmethod
+    def round(cls, fills: list[bool]) -> "Turn":
+        """The first of a round of turns."""
+        first = last = cls(fills[0])
+        for fill in fills[1:]:
+            last.next = cls(fill)
+            last = last.next
+        last.next = first
+        return first
+
+    def __reduce__(self):
+        """Copies and pickles as a list: a chain would be followed by recursion."""
+        fills, turn = [self.fills], self.next
+        while turn is not self:
+            fills.append(turn.fills)
+            turn = turn.next
+        return Turn.round, (fills,)
+
+
+class StaticLevel(Level):
+    """A level in tensors of fixed size and address, so that calls compile.
+
+    Tokens and latents sit in rings: batch column a in slot a mod g, latent column c in slot c mod n. All positions are
+    tensors, and shapes depend on the number of new tokens alone. Python decides no more than whether the core runs in
+    a one-token step. A padded batch runs all its rows where any of them fills, and writes only those that do. Calls
+    of several tokens run as many latent columns as they could fill at most, and write those that they do.
 
     Args:
         max_tokens (`int`): columns of the batch that fit.
@@ -287,104 +346,155 @@ class StaticLevel(Level):
         latents_read = 2 + -(-(grid.shift - grid.size + 1) // grid.size)
         self.token_ring = states.new_zeros(states.shape[0], grid.size, states.shape[2])
         self.latent_ring = states.new_zeros(states.shape[0], latents_read, states.shape[2])
-        self.column = torch.zeros((), dtype=torch.long, device=states.device)  # `seen`, for the compiled graph
+        self.column = torch.zeros(
+            (), dtype=torch.long, device=states.device
+        )  # `seen`, which a compiled call cannot set
+        self._restart()
 
-    @property
-    def skips_idle_rows(self) -> bool:
-        return False
+    def _restart(self) -> None:
+        self.seen: int | None = 0  # None once compiled calls have moved `column`
+        self.padding = None
+        self.begun = self.final_padding = False
+        self.right_padded = self.mask_unchecked = self.unfinished = False
+        self.tokens = self.latents = None
+        self.turn: Turn | None = self._turn({0})  # None where only the device knows the padding: every column may fill
+
+    def _turn(self, pads: set[int]) -> Turn:
+        """The turn of the next column, where rows have that padding."""
+        phases, size = {self.grid.phase(p) for p in pads}, self.grid.size
+        return Turn.round([(self.seen + i) % size in phases for i in range(size)])
 
     @property
     def rows(self) -> int:
         return self.token_ring.shape[0]
 
+    @property
+    def is_new(self) -> bool:
+        return not self.begun
+
+    @property
+    def settled(self) -> bool:
+        return self.final_padding
+
+    @property
+    def past(self) -> int | torch.Tensor:
+        return self.column if is_torchdynamo_compiling() else self.seen
+
+    @property
+    def window_start(self) -> torch.Tensor:
+        return self.column - self.grid.size
+
+    def begin(self, length: int, padding: LeftPadding | None, right_padded: bool, every_row: bool) -> None:
+        self.begun = True
+        super().begin(length, self.padding if self.final_padding else padding, right_padded, every_row)
+        if not is_torchdynamo_compiling():
+            self.settle(length)
+        elif self.padding is None:
+            self.final_padding = True
+        elif not self.final_padding:
+            self.turn = None
+
+    def settle(self, length: int = 0) -> None:
+        """Looks at the padding once it is final after `length` more tokens, to know at which columns rows fill."""
+        if self.final_padding:
+            return
+        pads = {0} if self.padding is None else set(self.padding.on_host)
+        self.turn, self.final_padding = self._turn(pads), max(pads) < self.seen + length
+
     def feed(self, states: torch.Tensor) -> Filling | None:
-        if states.shape[1] > 1:
-            self._unpack()
-            return super().feed(states)
-        self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
-        self.seen += 1
-        distance = 1
-        for pads in {0} if self.padding is None else set(self.padding.on_host):
-            distance *= (self.seen - 1 - self.grid.phase(pads)) % self.grid.size
-        # One condition on one product, or a compiled step would be compiled again for each row's phase on its own.
-        if distance != 0:
-            return None
-        return self._filling_of_one_token()
+        length, size = states.shape[1], self.grid.size
+        fills = length > 1 or self.turn is None or self.turn.fills
+        if self.turn is not None:
+            for _ in range(length % size):
+                self.turn = self.turn.next
+        self.seen = None if is_torchdynamo_compiling() else self.seen + length
+        if length == 1:
+            self.token_ring.index_copy_(1, (self.column % size)[None], states)
+            return self._filling_of_one_token() if fills else None
+        past = self.column + torch.arange(size, device=states.device)
+        self.tokens = torch.cat([self.token_ring[:, past % size], states], dim=1)
+        self.token_ring.index_copy_(1, (past + length) % size, self.tokens[:, -size:])
+        return self._filling(length)
 
     def _pads(self) -> torch.Tensor:
         """Left padding as a column vector `(B or 1, 1)`."""
         return self.column.new_zeros(1, 1) if self.padding is None else self.padding.columns[:, None]
 
+    def _valid(self, end: torch.Tensor) -> torch.Tensor | None:
+        """Where latent columns are filled after `end` columns, `(B, max_latents)`; None where rows agree."""
+        if self.padding is None:
+            return None
+        pads, latents = self._pads(), torch.arange(self.max_latents, device=self.column.device)
+        filled = latents * self.grid.size + self.grid.phase(pads) < end
+        return filled & (latents >= self.grid.first_latent(pads))
+
     def _filling_of_one_token(self) -> Filling:
         pads, size = self._pads(), self.grid.size
         latent = self.column // size
-        slots = torch.arange(size, device=pads.device)
-        ring_columns = self.column - (self.column - slots) % size
-        valid = fresh = None
-        if self.padding is not None:
-            latents = torch.arange(self.max_latents, device=pads.device)
-            filled = latents * size + self.grid.phase(pads) <= self.column
-            valid = filled & (latents >= self.grid.first_latent(pads))
-            fresh = self.column % size == self.grid.phase(pads)
+        ring_columns = self.column - (self.column - torch.arange(size, device=pads.device)) % size
         return Filling(
             first=latent,
             last=self.max_latents,
             position_ids=(latent - self.grid.first_latent(pads)).clamp(min=0),
             member_columns=ring_columns,
             present=(ring_columns >= pads)[:, None],
-            valid=valid,
-            fresh=fresh,
+            valid=self._valid(self.column + 1),
+            fresh=None if self.padding is None else self.column % size == self.grid.phase(pads),
+        )
+
+    def _filling(self, length: int) -> Filling:
+        """As many latent columns as `length` tokens can touch, moved back where they would pass the last column."""
+        pads, size, end = self._pads(), self.grid.size, self.column + length
+        count = min((length + size - 2) // size + 1, self.max_latents)
+        if self.seen is None:
+            first = (self.column // size).clamp(max=self.max_latents - count)
+        else:  # an integer where it is known: in eager calls the library looks at it
+            first = min((self.seen - length) // size, self.max_latents - count)
+        latents = first + torch.arange(count, device=pads.device)
+        fill_columns = latents * size + self.grid.phase(pads)
+        member_columns = fill_columns[..., None] + torch.arange(1 - size, 1, device=pads.device)
+        return Filling(
+            first=first,
+            last=self.max_latents,
+            position_ids=(latents - self.grid.first_latent(pads)).clamp(min=0),
+            member_columns=member_columns,
+            present=member_columns >= pads[..., None],
+            valid=self._valid(end),
+            fresh=(fill_columns >= self.column) & (fill_columns < end),
         )
 
     def members(self, filling: Filling) -> torch.Tensor:
-        if isinstance(filling.first, torch.Tensor):
-            return self.token_ring[:, None]
-        return super().members(filling)
+        return self.token_ring[:, None] if self.tokens is None else super().members(filling)
 
     def store(self, latents: torch.Tensor, filling: Filling) -> None:
-        if isinstance(filling.first, torch.Tensor):
-            write_one_column(self.latent_ring, latents, filling.first % self.latent_ring.shape[1], filling)
-        else:
-            super().store(latents, filling)
+        kept = self.latent_ring.shape[1]
+        if self.tokens is None:
+            copy_columns(self.latent_ring, latents, filling.first % kept, filling.fresh)
+            return
+        count, length = latents.shape[1], self.tokens.shape[1] - self.grid.size
+        self.first_latent = filling.first - kept
+        columns = self.first_latent + torch.arange(kept + count, device=latents.device)
+        stored = self.latent_ring[:, columns % kept]
+        new = torch.where(filling.fresh[..., None], latents, stored[:, kept:])
+        self.latents = torch.cat([stored[:, :kept], new], dim=1)
+        newest = (self.column + length - 1) // self.grid.size - torch.arange(kept, device=latents.device)
+        self.latent_ring.index_copy_(1, newest % kept, self.latents[:, newest - self.first_latent])
 
     def read(self, length: int, up: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        if self.tokens is not None:
-            return super().read(length, up)
         pads, size = self._pads(), self.grid.size
-        position = self.grid.read_position(self.column, self.grid.phase(pads))
-        rows = torch.arange(self.rows, device=pads.device)[:, None]
-        latents = self.latent_ring[rows, position // size % self.latent_ring.shape[1]]
-        updates = up(latents)[rows, position % size]
-        readable = self.column - self.grid.shift >= pads
-        self.column.add_(1)
-        return updates * readable[..., None].to(updates.dtype)
-
-    def _unpack(self) -> None:
-        """Rings to the tensors in order that `Level` works on."""
-        device = self.column.device
-        open_tokens = self.grid.open_tokens(self.seen, self.padding)
-        self.tokens = self.token_ring[
-            :, torch.arange(self.seen - open_tokens, self.seen, device=device) % self.grid.size
-        ]
-        # Where all rows are padded, the next column may fill one before the first that any row will read.
-        self.first_latent = min(self.grid.first_kept_latent(self.seen, self.padding), self.seen // self.grid.size)
-        last = max(self.first_latent, self.grid.latent_columns(self.seen, self.padding))
-        columns = torch.arange(self.first_latent, last, device=device)
-        self.latents = self.latent_ring[:, columns % self.latent_ring.shape[1]] if len(columns) else None
-
-    def _trim(self) -> None:
-        """Packs what the next call may need back into the rings."""
-        device = self.column.device
-        count = min(self.tokens.shape[1], self.grid.size)
-        slots = torch.arange(self.seen - count, self.seen, device=device) % self.grid.size
-        self.token_ring.index_copy_(1, slots, self.tokens[:, self.tokens.shape[1] - count :])
-        if self.latents is not None:
-            count = min(self.latents.shape[1], self.latent_ring.shape[1])
-            last = self.first_latent + self.latents.shape[1]
-            slots = torch.arange(last - count, last, device=device) % self.latent_ring.shape[1]
-            self.latent_ring.index_copy_(1, slots, self.latents[:, self.latents.shape[1] - count :])
+        if self.tokens is None:
+            position = self.grid.read_position(self.column, self.grid.phase(pads))
+            rows = torch.arange(self.rows, device=pads.device)[:, None]
+            latents = self.latent_ring[rows, position // size % self.latent_ring.shape[1]]
+            readable = self.column - self.grid.shift >= pads
+            updates = up(latents)[rows, position % size] * readable[..., None].to(latents.dtype)
+        else:
+            columns = self.column + torch.arange(length, device=pads.device)
+            position = self.grid.read_position(columns, self.grid.phase(pads)) - self.first_latent * size
+            updates = read_slots(up(self.latents), position, columns - self.grid.shift >= pads)
         self.tokens = self.latents = None
-        self.column.fill_(self.seen)
+        self.column.add_(length)
+        return updates
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.token_ring, self.latent_ring = change(self.token_ring), change(self.latent_ring)
@@ -393,10 +503,9 @@ class StaticLevel(Level):
 
     def reset(self) -> None:
         """Forgets every state and keeps the tensors."""
-        self.seen, self.padding = 0, None
-        self.right_padded = self.mask_unchecked = self.unfinished = False
+        self._restart()
         for state in (self.token_ring, self.latent_ring, self.column):
             state.zero_()
 
 
-__all__ = ["Level", "PackedLevel", "StaticLevel", "append_columns", "write_columns", "write_one_column"]
+__all__ = ["Level", "PackedLevel", "StaticLevel", "append_columns", "copy_columns", "write_columns"]

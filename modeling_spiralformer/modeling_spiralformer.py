@@ -64,7 +64,7 @@ from .cache_name_spiralformer import (
     CHECKPOINTED_LAYERS_KEEP_CACHE,
     takes_either_cache_name,
 )
-from .cache_spiralformer import SlotView, bind_levels
+from .cache_spiralformer import SlotView, bind_levels, settle_levels
 from .chunking_spiralformer import (
     BOUNDARIES,
     READ_AGAIN,
@@ -347,9 +347,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             **kwargs,
         }
 
-        for level in levels:  # nothing is refused from here on: what fails now leaves the cache half written
-            level.padding, level.right_padded, level.unfinished = padding, right_padded, True
-            level.every_row = every_row
+        for level in levels:
+            level.begin(inputs_embeds.shape[1], padding, right_padded, every_row)
 
         # x, the embeddings
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
@@ -463,7 +462,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if cache is None:
             past = 0
         elif levels:
-            past = levels[0].seen
+            past = levels[0].past
         else:
             past = cache.get_seq_length()
             if isinstance(past, torch.Tensor):  # the static cache of a plain GPT-NeoX stack
@@ -471,22 +470,26 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                     padding = None if attention_mask is None else LeftPadding(read_left_padding(attention_mask))
                     return padding, attention_mask, False, past
                 past = int(past)
-        known = levels[0].padding if levels and past else None
-        settled = past > 0 and bool(levels) and (known is None or max(known.on_host) < past)
+        known, settled = (levels[0].padding, levels[0].settled) if levels else (None, False)
+        static = cache is not None and cache.is_compileable
         if attention_mask is not None:
-            attention_mask = self._check_mask_shape(attention_mask, batch, past, length).to(inputs_embeds.device)
+            most = cache.layers[-1].get_max_length() if static else past + length
+            attention_mask = self._check_mask_shape(attention_mask, batch, past, length, most)
+            attention_mask = attention_mask.to(inputs_embeds.device)
         if any(level.right_padded for level in levels):
             raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
         compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
         trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
         if attention_mask is None or trusted:
-            static = cache is not None and cache.is_compileable  # its masks have the length of its store
+            # The masks of a static cache have the length of its store.
             columns = cache.layers[-1].get_max_length() if static else past + length
             return known, None if known is None else known.real_columns(columns), False, past
         if compiling:
             for level in levels:
                 level.mask_unchecked = True
-            return LeftPadding(read_left_padding(attention_mask)), attention_mask, False, past
+            if not settled:
+                known = LeftPadding(read_left_padding(attention_mask).clamp(max=past + length))
+            return known, attention_mask, False, past
 
         real = attention_mask.bool()
         pads = read_left_padding(attention_mask)
@@ -512,16 +515,22 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             known = LeftPadding(pads) if padded else None
         return known, attention_mask if padded or right_padded else None, right_padded, past
 
-    def _check_mask_shape(self, attention_mask: torch.Tensor, batch: int, past: int, length: int) -> torch.Tensor:
+    def _check_mask_shape(
+        self, attention_mask: torch.Tensor, batch: int, past: int | torch.Tensor, length: int, most: int
+    ) -> torch.Tensor:
+        """The mask `(batch, past + length)`, also out of one that has all the `most` columns of a static cache."""
         if not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
-        if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, past + length):
+        shape, columns = tuple(attention_mask.shape), past + length
+        counted = isinstance(past, int)  # a compiled call with a static cache does not look at how many there are
+        if len(shape) != 2 or shape[0] != batch or (counted and shape[1] not in (columns, most)):
+            wanted = (batch, columns if counted else most)
             raise ValueError(
-                f"`attention_mask` must have shape {(batch, past + length)} (rows, past and new tokens), but got "
-                f"{tuple(attention_mask.shape)}. Masks of 4 dimensions are not supported: chunks need to know which "
-                f"tokens are real, not who attends to whom. {READ_AGAIN if past else ''}".rstrip()
+                f"`attention_mask` must have shape {wanted} (rows, past and new tokens), but got {shape}. Masks of 4 "
+                "dimensions are not supported: chunks need to know which tokens are real, not who attends to whom. "
+                f"{READ_AGAIN if counted and past else ''}".rstrip()
             )
-        return attention_mask
+        return attention_mask[:, :columns] if counted else attention_mask
 
     def _read_positions(
         self,
@@ -678,8 +687,13 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Hands on the 2-D mask: each level draws its own mask from it, also with a static cache."""
-        return attention_mask
+        """Hands on the 2-D mask, from which each level draws its own; as long as a static cache, or every step of
+        another length would be compiled again."""
+        cache = kwargs.get(CACHE_NAME)
+        if attention_mask is None or cache is None or not cache.is_compileable:
+            return attention_mask
+        room = cache.layers[-1].get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(0, room)))
 
     def _get_name(self) -> str:
         """The name by which `Trainer` finds that labels are shifted, also in a subclass such as those of FSDP."""
@@ -738,7 +752,15 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 f"{given.shape[1]}. Ids of new tokens alone need an `attention_mask` of all columns, cached and new. "
                 "Where the cache holds the whole text, crop(-1) leaves its last token to be read."
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        static = cache is not None and cache.is_compileable
+        if static and generation_config.prefill_chunk_size is not None:
+            # The library compiles these calls. A graph must not allocate what later graphs write to.
+            nothing = self.get_input_embeddings().weight.new_empty(given.shape[0], 0, self.config.hidden_size)
+            bind_levels(cache, self.config, self.model.grids, nothing)
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if static:
+            settle_levels(cache)
+        return outputs
 
 
 class SpiralFormerHead:

@@ -1,0 +1,205 @@
+"""The static cache: the same logits in tensors of fixed size, and how often its calls compile."""
+
+import pytest
+import torch
+from support import pad_rows, random_ids, small_model
+from transformers import CompileConfig, StaticCache
+
+STATIC = {
+    "powers of two": {"chunk_sizes": [8, 4, 2, 1]},
+    "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
+    "no prelude": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0, "share_core": False},
+    "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+}
+static = pytest.mark.parametrize("options", STATIC.values(), ids=STATIC.keys())
+
+
+@static
+@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 31, 22, 37), (33, 31, 15), (39,), (18, 7)], ids=str)
+@pytest.mark.parametrize("calls", [[1] * 40, [19] + [1] * 21, [3, 1, 1, 9, 1, 1, 1, 19, 1, 1, 1, 1]], ids=str)
+def test_static_cache_gives_the_same_logits(options, lengths, calls):
+    """Rows without padding, some padded, all of them: there whole calls hold nothing but padding."""
+    model = small_model(**options)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=40)
+    cache, start = StaticCache(config=model.config, max_cache_len=43), 0
+    with torch.no_grad():
+        for repetition in range(2):
+            full = model(ids, attention_mask=mask, use_cache=False).logits
+            for count in calls:
+                end = start + count
+                step = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                difference = (step - full[:, start:end])[mask[:, start:end].bool()].abs()
+                assert not len(difference) or difference.max() < 1e-9, (start, repetition)
+                start = end
+            cache.reset()
+            start = 0
+
+
+@static
+@pytest.mark.parametrize("lengths", [(19, 19), (19, 14), (18, 14), (5,)], ids=str)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"prefill_chunk_size": 3}], ids=str)
+def test_generate_with_a_static_cache(options, lengths, how):
+    model = small_model(**options)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=19)
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 14, "eos_token_id": None}
+    inputs |= {"do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **({} if "prefill_chunk_size" in how else how), use_cache=False)
+    assert torch.equal(model.generate(**inputs, **how, cache_implementation="static"), expected)
+
+
+@static
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_reset_static_cache_takes_another_number_of_rows(options, rows):
+    """It allocates anew; one that holds tokens says how many rows it has."""
+    model = small_model(**options)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(random_ids(3, 9), past_key_values=cache)
+        for new in (random_ids(rows, 1), random_ids(rows, 4)):
+            with pytest.raises(ValueError, match=rf"`past_key_values`.*holds 3 rows, but the input has {rows}"):
+                model(new, past_key_values=cache)
+        cache.reset()
+        ids = random_ids(rows, 13, seed=1)
+        cache.reorder_cache(torch.tensor([2, 1, 0]))  # there is nothing to reorder, and no number of rows
+        steps = [model(part, past_key_values=cache).logits for part in ids.split([8, 1, 1, 1, 2], dim=1)]
+        assert (torch.cat(steps, dim=1) - model(ids, use_cache=False).logits).abs().max() < 1e-9
+
+
+def test_a_full_static_cache_says_so():
+    model = small_model(dtype=torch.float32)
+    cache = StaticCache(config=model.config, max_cache_len=6)
+    with pytest.raises(ValueError, match="max_cache_len 6"):
+        model(random_ids(1, 7), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 1), torch.tensor([[1.0] * 9, [0, 1, 0] + [1] * 6]), torch.ones(1, 1, 1, 9)]
+)
+def test_masks_of_an_empty_schedule_are_checked_with_a_static_cache_too(mask):
+    model = small_model(dtype=torch.float32, chunk_sizes=[], num_core_layers=0)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(random_ids(2, 8), past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(random_ids(2, 1), attention_mask=mask, past_key_values=cache)
+
+
+# -- compiled calls ---------------------------------------------------------------------------------------------------
+
+
+def counting(graphs: list):
+    """A backend that runs what it is given as it stands, and lists it in `graphs`."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+def compiled_generate(model, ids, mask, fullgraph=True, dynamic=None, **how) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """generate() as on an accelerator, where it compiles by itself: tokens, logits and the number of graphs."""
+    torch._dynamo.reset()
+    graphs = []
+    compiling = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend=counting(graphs), mode=None)
+    compiling._compile_all_devices = True
+    out = model.generate(
+        ids, attention_mask=mask, cache_implementation="static", compile_config=compiling, **how, **SEARCH
+    )
+    return out.sequences, torch.stack(out.logits), len(graphs)
+
+
+FEW_LAYERS = {"num_core_layers": 1, "num_coda_layers": 0}  # tracing takes its time
+SEARCH = {"max_new_tokens": 13, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+SEARCH |= {"return_dict_in_generate": True}
+
+
+def fill_patterns(model, pads: list[int], columns: range) -> int:
+    """How many different sets of levels fill together, at one of these columns of rows with that padding."""
+    sizes, offsets = model.config.chunk_sizes, model.config.resolved_chunk_offsets
+    filled = lambda column, g, w: any((column - p + 1 + w) % g == 0 for p in pads)  # noqa: E731
+    return len({tuple(filled(column, g, w) for g, w in zip(sizes, offsets, strict=True)) for column in columns})
+
+
+@pytest.mark.parametrize("lengths", [(11, 11), (11, 6), (10, 6)], ids=str)
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic):
+    model = small_model(chunk_sizes=[4, 2], **FEW_LAYERS)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=11)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=dynamic)
+    assert torch.equal(tokens, expected.sequences)
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6  # float32 inside generate
+    assert graphs == fill_patterns(model, [11 - n for n in lengths], range(11, 23))
+
+
+@pytest.mark.parametrize(("sizes", "patterns"), [([4, 2, 1], 3), ([8, 4, 2, 1], 4), ([16, 8, 4, 2], 5)])
+def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns):
+    """fullgraph, with a mask that grows: its first length has a graph of its own, never met again."""
+    torch._dynamo.reset()
+    model = small_model(dtype=torch.float32, chunk_sizes=sizes, num_core_layers=1)
+    graphs = []
+    compiled = torch.compile(model.forward, fullgraph=True, backend=counting(graphs))
+    period, ids = max(sizes), random_ids(1, 64)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model(ids[:, :11], past_key_values=cache)
+        for column in range(11, 64):
+            positions = torch.tensor([[column]])
+            mask = torch.ones(1, column + 1, dtype=torch.long)
+            step = compiled(
+                ids[:, column : column + 1].clone(), attention_mask=mask, position_ids=positions, past_key_values=cache
+            )
+            assert (step.logits[:, 0] - expected[:, column]).abs().max() < 1e-4, column
+            if column == 11 + period:
+                after_one_period = len(graphs)
+    assert len(graphs) == after_one_period <= patterns + 1
+
+
+@pytest.mark.parametrize("lengths", [(23, 23), (23, 6), (20, 2)], ids=str)
+@pytest.mark.parametrize(("sizes", "fullgraph"), [([3], True), ([3], False), ([4, 2, 1], True), ([], True)], ids=str)
+def test_a_compiled_prefill_in_chunks(sizes, fullgraph, lengths):
+    """Chunks of 7 end at other places of the chunks of each level every time, and the last one is shorter."""
+    model = small_model(chunk_sizes=sizes, **{**FEW_LAYERS, "num_core_layers": int(bool(sizes))})
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=23)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, graphs = compiled_generate(model, ids, mask, fullgraph, prefill_chunk_size=7)
+    assert torch.equal(tokens, expected.sequences)
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+    assert graphs <= 3 + max(1, fill_patterns(model, [23 - n for n in lengths], range(23, 35)))
+
+
+@pytest.mark.parametrize("lengths", [(30, 30), (30, 19, 7)], ids=str)
+def test_compiled_and_eager_calls_take_turns(lengths):
+    """A compiled call leaves the padding, and how far it came, on the device; an eager one looks there."""
+    torch._dynamo.reset()
+    model, total = small_model(chunk_sizes=[4], **FEW_LAYERS), 30
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=total)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache, start = StaticCache(config=model.config, max_cache_len=total), 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        for count, forward in [(5, compiled), (1, compiled), (1, model), (9, compiled), (6, model), (1, model)] + [
+            (1, compiled)
+        ] * 7:
+            end = start + count
+            logits = forward(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            assert (logits - expected[:, start:end])[mask[:, start:end].bool()].abs().sum() < 1e-9, start
+            start = end
+        with pytest.raises(RuntimeError, match="`past_key_values`.*is full"):
+            compiled(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match="max_cache_len 30, but got token 31"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+def test_right_padding_that_a_compiled_prefill_could_not_see_is_refused_later():
+    torch._dynamo.reset()
+    model = small_model(dtype=torch.float32, num_core_layers=1, chunk_sizes=[2])
+    ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 6)[0]], "right")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        torch.compile(model.forward, backend="eager")(ids, attention_mask=mask, past_key_values=cache)
+        for _ in range(2):  # a refusal does not count as a look
+            with pytest.raises(ValueError, match="holes"):
+                model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], dim=1), past_key_values=cache)
