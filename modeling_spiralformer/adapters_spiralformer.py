@@ -49,8 +49,10 @@ def meet_adapters(model: nn.Module) -> bool:
     by_row = False
     for module in (*model.core.modules(), *model.resolutions.modules()):  # these see latents
         for key in module._forward_pre_hooks_with_kwargs:
-            by_row = True
-            _refuse_counts_of_tokens(module, getattr(module._forward_pre_hooks[key], "keywords", {}))
+            hook = module._forward_pre_hooks[key]
+            if getattr(hook, "func", hook).__module__.startswith("peft."):
+                by_row = True
+                _refuse_counts_of_tokens(module, getattr(hook, "keywords", {}))
         for hook in module._forward_hooks.values():
             _refuse_choice_of_tokens(getattr(hook, "_prepare_layer_inputs_fn", None))
     return by_row

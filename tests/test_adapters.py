@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import re
+import subprocess
+import sys
 import typing
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,7 +16,6 @@ from documents import ROOT
 from peft import PeftModel
 from support import large_weights, pad_rows, random_ids, small_model
 from transformers import DynamicCache, StaticCache
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 LENGTHS = (14, 3, 9)
 TEXTS = [random_ids(1, length, length)[0] for length in LENGTHS]
@@ -194,12 +197,35 @@ def test_without_the_adapter_the_model_runs(name):
 
 
 def test_code_that_came_with_a_checkpoint_refuses_too(tmp_path):
+    """In a process of its own: code that is loaded twice registers the cache's layers twice."""
     base_model().save_pretrained(tmp_path)
-    remote = get_class_from_dynamic_module("modeling_spiralformer.SpiralFormerForCausalLM", str(tmp_path))
-    assert remote.__module__.startswith("transformers_modules.")
-    case, words = REFUSED["activated LoRA on the core"]
-    with pytest.raises(ValueError, match=words):
-        case.wrap(remote.from_pretrained(tmp_path))(torch.full((1, 9), 7))
+    code = """
+import sys, torch
+from test_adapters import REFUSED
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+remote = get_class_from_dynamic_module("modeling_spiralformer.SpiralFormerForCausalLM", sys.argv[1])
+assert remote.__module__.startswith("transformers_modules.")
+REFUSED["activated LoRA on the core"][0].wrap(remote.from_pretrained(sys.argv[1]))(torch.full((1, 9), 7))
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    words = REFUSED["activated LoRA on the core"][1]
+    assert re.search(f"ValueError: .*{words}", child.stderr), child.stderr
+
+
+def test_a_hook_of_the_user_is_no_adapter():
+    """Rows that fill nothing stay out of the core: a hook that takes keywords does not ask for them."""
+    model, ids = base_model(), random_ids(2, 12)
+    mask, rows = torch.ones_like(ids), []
+    mask[1, :1] = 0
+    model.model.core[0].register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        rows.clear()
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    assert 1 in rows, rows
 
 
 # -- adapters that count tokens, on prelude and coda ----------------------------------------------------------------

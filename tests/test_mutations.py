@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from histories import random_history
+from support import small_config
+from transformers import DynamicCache
 
 from modeling_spiralformer import cache_spiralformer, level_spiralformer
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
@@ -204,6 +206,12 @@ MUTATIONS = {
 
 def test_without_a_bug_every_history_passes():
     run_histories()
+
+
+def test_the_histories_run_on_the_classes_that_are_broken_below():
+    """Not on those of another copy of the code, which may have come with a checkpoint in the same process."""
+    layers = DynamicCache(config=small_config()).layers
+    assert SpiralFormerLatentLayer in [type(layer) for layer in layers]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
