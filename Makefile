@@ -63,9 +63,8 @@ test-version: export OMP_NUM_THREADS = 1
 test-version:
 	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS must name a version: make test-version TRANSFORMERS=5.23.0"; exit 2; }
 	$(MAKE) .venv-$(TRANSFORMERS)/.installed
-	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/test_reference.py tests/test_cache.py tests/test_mutations.py \
-		tests/test_static_cache.py tests/test_generation.py tests/test_modeling.py tests/test_arguments.py \
-		tests/test_cache_name.py -k "not compile"
+	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/cache tests/model/test_reference.py tests/model/test_generation.py \
+		tests/model/test_modeling.py tests/model/test_arguments.py tests/model/test_cache_name.py -k "not compile"
 
 # The requirements of setup.py by name alone, so that its bounds hold no new release back.
 NAMES = import importlib.metadata as m, re; print(*(re.match(r"[\w.-]+(\[.*?\])?", r)[0] for r in m.requires("spiralformer")), sep="\n")
@@ -84,7 +83,7 @@ test-latest:
 
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: $(STAMP)
-	$(RUN) -m pytest tests/test_cache.py -k TestCache --hypothesis-profile=fuzz
+	$(RUN) -m pytest tests/cache/test_cache.py -k TestCache --hypothesis-profile=fuzz
 
 table: $(STAMP)
 	$(RUN) scripts/model_table.py

@@ -9,8 +9,9 @@ import pytest
 from documents import MAKEFILE, PAGES, ROOT, blocks, commands, offline, run
 
 # Pages whose commands need more than one folder to run in: a test module of their own runs them, all of them.
-PAGES_WITH_TESTS = {page: ROOT / "tests" / f"test_{page.stem}.py" for page in PAGES}
-PAGES_WITH_TESTS = {page: test for page, test in PAGES_WITH_TESTS.items() if test.is_file() and page.stem != "README"}
+PAGES_WITH_TESTS = {
+    page: test for page in PAGES if page.stem != "README" for test in ROOT.glob(f"tests/*/test_{page.stem}.py")
+}
 COMMANDS = [line for page in PAGES if page not in PAGES_WITH_TESTS for line in commands(page)]
 SNIPPETS = [(text, network) for page in PAGES for text, network in blocks(page, "python")]
 # Snippets that need more of the Hub than one download: a script of tests/ runs them against a Hub on loopback.

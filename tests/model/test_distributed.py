@@ -112,7 +112,7 @@ def test_the_commands_of_the_page_run(workplace):
             words[2:2] = ["--main_process_port", "0"]  # any free one
             if "scripts/launch/fsdp2.yaml" in words:
                 place = words.index("scripts/train.py")
-                words[place:place] = [str(ROOT / "tests" / "distributed_runs.py")]
+                words[place:place] = [str(ROOT / "tests" / "helpers" / "distributed_runs.py")]
                 words += ["--use_cpu"]
         if words[0] == "accelerate":
             words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_spiralformer import SpiralFormerConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
 SMALL = {
     "title": "Two tiny models",

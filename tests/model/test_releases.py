@@ -17,7 +17,7 @@ needs_oldest = pytest.mark.skipif(
     "saver, puller", [(sys.executable, OLDEST_PYTHON), (OLDEST_PYTHON, sys.executable)], ids=["old", "new"]
 )
 def test_saved_by_one_release_and_pulled_by_the_other(saver, puller, tmp_path):
-    command = [str(ROOT / "tests" / "release_checkpoint.py")]
+    command = [str(ROOT / "tests" / "helpers" / "release_checkpoint.py")]
     folder, home = tmp_path / "checkpoint", {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     saved = run([str(saver), *command, "save", str(folder)], tmp_path, **home)
     pulled = run([str(puller), *command, "pull", str(folder)], tmp_path, **home)

@@ -43,8 +43,8 @@ def hub():
 def pushed(hub, tmp_path_factory) -> Path:
     """The folder where `hub_push.py` ran: it pushed everything, and wrote down what."""
     folder = tmp_path_factory.mktemp("pushed")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
-    command = [sys.executable, str(ROOT / "tests" / "hub_push.py"), str(folder)]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", ROOT / "scripts")))
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "hub_push.py"), str(folder)]
     run(command, folder, **hub.environment(folder / "home") | {"PYTHONPATH": path})
     return folder
 
@@ -87,7 +87,7 @@ def test_pull_without_the_package(pushed, hub, tmp_path):
     assert sum(hub.files("me/lm", "v1")[name].count(b"def attend(") for name in CODE) > 0
     other.branches["main"] = other.add_commit(files)
     hub.repositories["me/other-code"] = other
-    command = [sys.executable, str(ROOT / "tests" / "hub_pull.py"), str(pushed)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "hub_pull.py"), str(pushed)]
     run(command, tmp_path, **hub.environment(tmp_path / "home"))
 
 
@@ -106,7 +106,7 @@ def test_folders_load_where_the_package_is_not_installed(tmp_path):
             expected[name] = expected[f"{name}_by_Trainer"] = model(ids)[0]
     small_config().save_pretrained(tmp_path / "config")
     torch.save(expected, tmp_path / "expected.pt")
-    command = [sys.executable, str(ROOT / "tests" / "folder_pull.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "folder_pull.py"), str(tmp_path)]
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     assert "loaded 10" in run(command, tmp_path, **environment)
 

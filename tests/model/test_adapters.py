@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import peft
 import pytest
@@ -201,15 +201,15 @@ def test_code_that_came_with_a_checkpoint_refuses_too(tmp_path):
     base_model().save_pretrained(tmp_path)
     code = """
 import sys, torch
-from test_adapters import REFUSED
+from adapter_cases import REFUSED
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 remote = get_class_from_dynamic_module("modeling_spiralformer.SpiralFormerForCausalLM", sys.argv[1])
 assert remote.__module__.startswith("transformers_modules.")
 REFUSED["activated LoRA on the core"][0].wrap(remote.from_pretrained(sys.argv[1]))(torch.full((1, 9), 7))
 """
-    child = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers")))
+    command, environment = [sys.executable, "-c", code, tmp_path], {**os.environ, "PYTHONPATH": path}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     words = REFUSED["activated LoRA on the core"][1]
     assert re.search(f"ValueError: .*{words}", child.stderr), child.stderr
 

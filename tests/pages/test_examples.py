@@ -9,11 +9,11 @@ from documents import ROOT, commands, run
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 # Examples with a test of their own: the module that runs them, and the page whose commands it runs.
 ELSEWHERE = {
-    "finetune.py": ("tests/test_finetuning.py", "docs/finetuning.md"),
-    "lora.py": ("tests/test_finetuning.py", "docs/finetuning.md"),
-    "push_and_pull.py": ("tests/hub_push.py", "docs/hub.md"),
-    "quantise.py": ("tests/test_deployment.py", "docs/deployment.md"),
-    "uptrain.py": ("tests/test_conversion.py", "docs/conversion.md"),
+    "finetune.py": ("tests/scripts/test_finetuning.py", "docs/finetuning.md"),
+    "lora.py": ("tests/scripts/test_finetuning.py", "docs/finetuning.md"),
+    "push_and_pull.py": ("tests/helpers/hub_push.py", "docs/hub.md"),
+    "quantise.py": ("tests/model/test_deployment.py", "docs/deployment.md"),
+    "uptrain.py": ("tests/tools/test_conversion.py", "docs/conversion.md"),
 }
 HERE = [name for name in EXAMPLES if name not in ELSEWHERE]
 
