@@ -244,8 +244,8 @@ def step_weight_bytes(model: PreTrainedModel, context: int) -> float:
 def layer_bytes(layer: CacheLayerMixin) -> int:
     """Bytes of memory behind the states of a cache layer, what is spare of it included."""
     states = [layer.keys, layer.values]
-    if getattr(layer, "owns_level", False):
-        states += [layer.level.tokens, layer.level.latents]
+    if getattr(layer, "owns_state", False):
+        states += [layer.state.tokens, layer.state.latents]
     return sum(state.untyped_storage().nbytes() for state in states if state is not None)
 
 

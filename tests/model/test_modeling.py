@@ -182,10 +182,10 @@ def test_mesh_without_slots_is_mesh_with_slots():
         slots = [slot + weights[..., b : b + 1] * new for b, slot in enumerate(slots)]
         state = sum(reads[..., b : b + 1] * slot for b, slot in enumerate(slots))
         expected.append(state)
-    hidden, carrier = mesh.start(x, news[0])
+    hidden, carrier = mesh(news[0], x)
     assert (hidden - expected[0]).abs().max() < 1e-12
     for iteration, new in enumerate(news[1:]):
-        hidden, carrier = mesh.advance(iteration, new, hidden, carrier)
+        hidden, carrier = mesh(new, hidden, carrier)
         assert (hidden - expected[iteration + 1]).abs().max() < 1e-12
 
 
