@@ -55,6 +55,10 @@ class LeftPadding:
         """The same as Python integers: one read from the device, made once for each batch."""
         return self.columns.tolist()
 
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The same as a column vector `(B, 1)` on a device: a model may lie on several."""
+        return self.columns.to(device)[:, None]
+
     def cropped(self, columns: Columns) -> "LeftPadding":
         """The padding that is left of a batch cut back to its first `columns` columns."""
         return LeftPadding(self.columns.clamp(max=columns))

@@ -145,7 +145,7 @@ class ChunkGrid:
         """
         if padding is None:
             return self._filling_of_agreeing_rows(start, end, device)
-        pads, rows = padding.columns, None
+        pads, rows = padding.on(device), None
         first, latent_end = start // self.size, -(-end // self.size)
         if skip_idle:
             spans = [self._span(start, end, p) for p in padding.on_host]
@@ -156,7 +156,6 @@ class ChunkGrid:
             if len(busy) < len(spans) and not every_row:
                 rows = torch.tensor(busy, device=device)
                 pads = pads[rows]
-        pads = pads[:, None]
         phase = self.phase(pads)
         latents = torch.arange(latent_end, device=device)
         fill_columns = latents * self.size + phase
@@ -197,7 +196,7 @@ class ChunkGrid:
 
     # -- packed rows --------------------------------------------------------------------------------------------
 
-    def packed_filling(self, texts: PackedTexts) -> FilledChunks | None:
+    def packed_filling(self, texts: PackedTexts, device: torch.device) -> FilledChunks | None:
         """What packed rows fill, from first to last token; None where no text fills anything.
 
         A row that fills fewer chunks than another ends in latents of its other tokens, which nobody reads.
@@ -205,7 +204,7 @@ class ChunkGrid:
         count = int(self._fills(texts.on_host).sum(dim=-1).max())
         if count == 0:
             return None
-        position_ids = texts.position_ids
+        position_ids = texts.position_ids.to(device)
         # Where each chunk has its last member: the columns that fill, in order, come before those that do not.
         columns = self._fills(position_ids).long().argsort(dim=-1, descending=True, stable=True)[:, :count]
         last_members = position_ids.gather(1, columns)
@@ -219,9 +218,9 @@ class ChunkGrid:
             packed=True,
         )
 
-    def packed_reads(self, texts: PackedTexts) -> tuple[torch.Tensor, torch.Tensor]:
+    def packed_reads(self, texts: PackedTexts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The place that each token reads, counted from latent column 0, and whether it reads: both `(B or 1, S)`."""
-        position_ids = texts.position_ids
+        position_ids = texts.position_ids.to(device)
         fills = self._fills(position_ids).long()
         latents = fills.cumsum(dim=-1) - fills  # a token's chunk is the next to fill
         places = latents * self.size + self.rho(position_ids)

@@ -153,7 +153,7 @@ class ResolutionState:
             place = self.grid.read_position(start + before, self.grid.phase(0)) - places_before
             shifted = updates[:, place : place + length - before]
             return nn.functional.pad(shifted, (0, 0, before, 0)) if before else shifted
-        pads = self.rows.padding.columns[:, None]
+        pads = self.rows.padding.on(updates.device)
         columns = torch.arange(start, start + length, device=updates.device)
         places = self.grid.read_position(columns, self.grid.phase(pads)) - places_before
         return pick_places(updates, places, columns - self.grid.shift >= pads)
@@ -223,12 +223,12 @@ class PackedState(ResolutionState):
 
     def feed(self, states: torch.Tensor) -> FilledChunks | None:
         self.seen, self.tokens = states.shape[1], states
-        return self.grid.packed_filling(self.texts)
+        return self.grid.packed_filling(self.texts, states.device)
 
     def shift(self, updates: torch.Tensor | None, length: int) -> torch.Tensor:
         if updates is None:
             return torch.zeros_like(self.tokens)
-        return pick_places(updates, *self.grid.packed_reads(self.texts))
+        return pick_places(updates, *self.grid.packed_reads(self.texts, updates.device))
 
 
 class LatentEntry:

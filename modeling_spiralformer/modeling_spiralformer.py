@@ -212,7 +212,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH", "SpiralFormerRecurrence"]
+    _no_split_modules = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -230,6 +230,9 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        # accelerate shards by these names, and refuses one that the model does not hold.
+        held = {type(module).__name__ for module in self.modules() if next(module.parameters(), None) is not None}
+        self._no_split_modules = set(self._no_split_modules) & held
         name_peft_targets(self.config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:

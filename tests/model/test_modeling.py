@@ -376,15 +376,6 @@ def test_resized_and_tied_embeddings(tmp_path):
     assert torch.equal(logits_of(again, random_ids(1, 9)), logits_of(model, random_ids(1, 9)))
 
 
-def test_a_device_map_keeps_the_model_whole():
-    """Down, Up and the topology are plain methods, which the hooks of a split model would not wrap."""
-    accelerate = pytest.importorskip("accelerate")
-    model = small_model(dtype=torch.float32)
-    sizes = {0: model.get_memory_footprint() // 2, "cpu": 2**30}  # half of it would fit
-    device_map = accelerate.infer_auto_device_map(model, sizes, no_split_module_classes=model._no_split_modules)
-    assert device_map and not any(name.startswith("model.") for name in device_map)
-
-
 def test_capability_flags_promise_only_what_was_run():
     assert SpiralFormerModel._supports_sdpa and SpiralFormerModel._can_compile_fullgraph
     assert not SpiralFormerModel._supports_flash_attn and not SpiralFormerModel._supports_flex_attn

@@ -283,7 +283,7 @@ def test_a_compiled_forward_leaves_the_graph_for_packed_rows(collator):
 
 def shifted_grid(method: str, change):
     original = getattr(ChunkGrid, method)
-    return lambda self, documents: change(original(self, documents))
+    return lambda self, *given: change(original(self, *given))
 
 
 DELIBERATE_BUGS = {
