@@ -266,9 +266,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # Layers know their first cache entry. That of a shared layer moves on from iteration to iteration.
         self.prelude = nn.ModuleList(GPTNeoXLayer(config, entry) for entry in range(first_core))
         # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
-        self.core_layers = [
-            range(core) if config.share_core else range(t * core, t * core + core) for t in range(iterations)
-        ]
+        step = 0 if config.share_core else core
+        self.core_layers = [range(t * step, t * step + core) for t in range(iterations)]
         num_layers = max((layers.stop for layers in self.core_layers), default=0)
         self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
         self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
