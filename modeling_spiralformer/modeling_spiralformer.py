@@ -158,12 +158,14 @@ class SpiralFormerResolution(nn.Module):
             run_idle: run the core also where the call fills no chunk, for a zero that depends on its parameters.
         """
         length = hidden_states.shape[1]
-        filled = state.feed(hidden_states)
+        filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
         if filled is not None:
-            latents = core(self._scale_down(state.members(filled), filled.present), filled, cache)
+            latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
+            latents = core(latents, filled, cache)  # zhat = f_loop(z)
             state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
         latents = state.readable(length)
-        update = state.shift(None if latents is None else self._scale_up(latents), length)
+        updates = None if latents is None else self._scale_up(latents)  # u = Up(zhat)
+        update = state.shift(updates, length)  # u_(i - s)
         state.trim(length)
         if filled is None and run_idle:
             update = update + self._idle(hidden_states, core)
@@ -189,9 +191,8 @@ class SpiralFormerResolution(nn.Module):
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filled = FilledChunks(first=0, end=1, position_ids=position_ids, member_columns=0)
         latents = core(self._scale_down(members, None), filled, None).to(hidden_states.device)
-        return (
-            self._scale_up(latents)[:0].sum() + hidden_states[:0].sum()
-        )  # sums of nothing: zero, whatever the values
+        # Sums of nothing: zero, whatever the values.
+        return self._scale_up(latents)[:0].sum() + hidden_states[:0].sum()
 
 
 def name_peft_targets(model_type: str) -> None:
