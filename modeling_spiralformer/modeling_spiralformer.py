@@ -306,22 +306,11 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        given_cache = cache
-        cache, use_cache = self._open_cache(cache, use_cache)
         boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
-        batch, states = self._read_call(
-            inputs_embeds, attention_mask, position_ids, boundaries, cache, given_cache is not None
+        batch, states, cache = self._read_call(
+            inputs_embeds, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
         )
-        if batch.texts is not None:  # packed rows are read whole: no call goes on from them
-            cache, use_cache = None, False
-        token_layer = {
-            "attention_mask": self._token_mask(batch, cache, inputs_embeds),
-            "position_ids": batch.position_ids,
-            "layer_past": cache,
-            "use_cache": use_cache,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
-            **kwargs,
-        }
+        token_layer = self._token_arguments(batch, cache, inputs_embeds) | kwargs
 
         # x, the embeddings
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
@@ -341,7 +330,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
         run_idle = self.training or (bool(states) and hasattr(self.core[0], "unshard"))
         for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
-            core = partial(self._run_core, iteration, use_cache=use_cache, **kwargs)
+            core = partial(self._run_core, iteration, **kwargs)
             update = resolution(hidden_states, state, core, cache, run_idle)
             hidden_states, carrier = self.topology(update, hidden_states, carrier)
 
@@ -395,8 +384,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
         return inputs_embeds
 
-    def _open_cache(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool | None]:
-        """The cache that the call reads and writes: the one given, or a new one."""
+    def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
+        """Whether the call reads or writes a cache."""
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
         if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
@@ -404,16 +393,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
                 "levels run in a step is decided by Python integers."
             )
-        if self._checkpoints_layers():
-            if cache is not None:
-                raise ValueError(
-                    f"{CACHE_ARGUMENT} must be None in training mode with gradient checkpointing, but got "
-                    f"{type(cache).__name__}: a replayed layer would write its keys twice. Call eval() first."
-                )
-            use_cache = False
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        return cache, use_cache
+        if not self._checkpoints_layers():
+            return bool(use_cache) or cache is not None
+        if cache is not None:
+            raise ValueError(
+                f"{CACHE_ARGUMENT} must be None in training mode with gradient checkpointing, but got "
+                f"{type(cache).__name__}: a replayed layer would write its keys twice. Call eval() first."
+            )
+        return False
 
     def _checkpoints_layers(self) -> bool:
         """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
@@ -426,23 +413,36 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         boundaries: dict[str, torch.Tensor],
-        cache: Cache | None,
-        is_given: bool,
-    ) -> tuple[Batch, list[ResolutionState]]:
-        """What the call is about, and one state per iteration: the cache's, or fresh ones that last for this call."""
+        given_cache: Cache | None,
+        uses_cache: bool,
+    ) -> tuple[Batch, list[ResolutionState], Cache | None]:
+        """What the call is about, one state per iteration, and the cache: the one given, or a new one.
+
+        Without a cache the states last for this call.
+        """
         every_row, rows = meet_adapters(self), Rows()
-        if cache is None:
-            states = [ResolutionState(grid, rows, cached=False) for grid in self.grids]
-        else:
+        if uses_cache:
+            cache = DynamicCache(config=self.config) if given_cache is None else given_cache
             states = find_states(cache, self.config, self.grids, inputs_embeds)
-        past = read_past(cache, states, is_given)
+        else:
+            cache, states = None, [ResolutionState(grid, rows, cached=False) for grid in self.grids]
+        past = read_past(cache, states, is_given=given_cache is not None)
         batch = read_batch(attention_mask, position_ids, boundaries, inputs_embeds, past)
-        if batch.texts is not None:
-            states = [PackedState(grid, rows, batch.texts) for grid in self.grids]
+        if batch.texts is not None:  # packed rows are read whole: no call goes on from them
+            cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
         # Nothing is refused from here on: what fails now leaves the cache half written.
         for state in states:
             state.begin(batch, inputs_embeds.shape[1], every_row)
-        return batch, states
+        return batch, states, cache
+
+    def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:
+        """What the layers of prelude and coda are given."""
+        return {
+            "attention_mask": self._token_mask(batch, cache, inputs_embeds),
+            "position_ids": batch.position_ids,
+            "layer_past": cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
+        }
 
     def _token_mask(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """The mask of prelude and coda, sized by the first cache entry at token resolution."""
