@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 
 import torch
-from make_configurations import published_config
-from matching import count_parameters, meta_model
-from published import PUBLISHED_MODELS, PublishedModel
-from tables import format_schedule, markdown_table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.experiments.matching import count_parameters, meta_model
+from workshop.published import PUBLISHED_MODELS, PublishedModel, published_config
+from workshop.tables import format_schedule, markdown_table
 
 PREFILL_TOKENS = 4096
 

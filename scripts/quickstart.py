@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
-import train
-from files import check_folder, write_json
-from training_arguments import ROOT, check_counts
 from transformers import HfArgumentParser, set_seed
+
+from workshop.files import ROOT, check_folder, write_json
+from workshop.settings import check_counts
+from workshop.training import run as train
+from workshop.training_arguments import parse_arguments
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
@@ -39,8 +41,9 @@ class QuickstartArguments:
 
 def generate_code(model_dir: str, prompt: str) -> str:
     """Loads a saved model by the Auto classes and continues a prompt through the text-generation pipeline."""
-    from checkpoints import load_config, load_model, load_tokenizer
     from transformers import pipeline
+
+    from workshop.checkpoints import load_config, load_model, load_tokenizer
 
     config = load_config(model_dir, field="generate_from")
     model, tokenizer = load_model(model_dir, config), load_tokenizer(model_dir, config, field="generate_from")
@@ -66,7 +69,7 @@ def run(arguments: QuickstartArguments) -> dict:
     """Trains, evaluates, saves, reloads in a fresh process, generates and draws; returns what it prints."""
     started = time.time()
     output = check_folder("output_dir", arguments.output_dir, ("loss.png", "quickstart.json"))
-    trainer = train.main(
+    settings = parse_arguments(
         [
             *("--output_dir", str(output), "--max_steps", str(arguments.max_steps), "--block_size", "128"),
             *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "16"),
@@ -74,6 +77,7 @@ def run(arguments: QuickstartArguments) -> dict:
             *("--logging_steps", str(max(1, arguments.max_steps // 30)), "--dataloader_pin_memory", "False"),
         ]
     )
+    trainer = train(*settings)
     history = trainer.state.log_history
     draw_loss(history, output / "loss.png")
     command = [sys.executable, __file__, "--generate_from", str(output), "--prompt", arguments.prompt]

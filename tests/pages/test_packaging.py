@@ -143,10 +143,15 @@ def test_every_command_starts_with_the_extra_for_training():
     assert commands_that_do_not_start(requirements("train")) == {}
 
 
+def test_no_command_has_the_name_of_a_library():
+    """`scripts/` comes first on the path of a command: what is there hides whatever else has its name."""
+    names = {path.stem for path in (ROOT / "scripts").iterdir()}
+    assert {"evaluate_model", "workshop"} <= names
+    assert not names & (set(packages_distributions()) | sys.stdlib_module_names)
+
+
 def test_counting_and_naming_the_machine_draw_nothing():
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from benchmark import machine; from matching import count_costs"
-    )
+    code = "import sys; sys.modules['matplotlib'] = None; import workshop.experiments.matching, workshop.provenance"
     run([sys.executable, "-c", code], ROOT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
 
 

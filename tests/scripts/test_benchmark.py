@@ -2,16 +2,25 @@
 
 import json
 
-import benchmark
-import plot_benchmark
 import pytest
 import torch
-from benchmark import EVERY, FLOORED, BenchmarkArguments, DecodeSetting, Grid
-from benchmark_models import DEEP, MODELS, PLAIN, ModelSize
-from benchmark_workloads import DECODE_STEPS, Decode, Floor, call_lengths, count_flops, decode_calls, peak_bytes
 from documents import ROOT
-from plot_benchmark import GridResults, Ratio
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+
+import benchmark
+from benchmark import BenchmarkArguments
+from workshop.benchmarks.measuring import EVERY, FLOORED, DecodeSetting, Grid, measure
+from workshop.benchmarks.models import DEEP, MODELS, PLAIN, ModelSize
+from workshop.benchmarks.results import GridResults, Ratio, report
+from workshop.benchmarks.workloads import (
+    DECODE_STEPS,
+    Decode,
+    Floor,
+    call_lengths,
+    count_flops,
+    decode_calls,
+    peak_bytes,
+)
 
 SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -33,19 +42,16 @@ def results(tmp_path_factory) -> dict:
             DecodeSetting(4, FLOORED, FLOORED, ragged=True),
         ),
     )
-    path, threads = tmp_path_factory.mktemp("benchmark") / "results.json", torch.get_num_threads()
-    benchmark.run((grid,), BenchmarkArguments(repeats=1, threads=1, output=str(path)))
+    threads = torch.get_num_threads()
+    found = measure((grid,), torch.device("cpu"), repeats=1, threads=1)
     torch.set_num_threads(threads)
-    return json.loads(path.read_text())
+    return json.loads(json.dumps(found))
 
 
 def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    monkeypatch.setattr(
-        "sys.argv", ["plot_benchmark.py", "--results", str(path), "--plot", str(tmp_path / "picture.png")]
-    )
-    plot_benchmark.main()
+    benchmark.main(["--results", str(path), "--plot", str(tmp_path / "picture.png")])
     printed = capsys.readouterr().out
     for title in (
         "Prefill",
@@ -63,7 +69,7 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
 
 def test_the_tables_of_the_docs_are_those_of_their_samples():
     committed = json.loads((ROOT / "docs" / "results" / "benchmark.json").read_text())
-    assert plot_benchmark.report(committed) == (ROOT / "docs" / "results" / "benchmark.md").read_text().strip()
+    assert report(committed) == (ROOT / "docs" / "results" / "benchmark.md").read_text().strip()
 
 
 def test_a_model_as_fast_as_its_counts_has_quotient_one(results):

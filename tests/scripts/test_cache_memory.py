@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import torch
-from cache_memory import cache_bytes, equal_depth, formula_bytes
 from support import small_config
+
+from workshop.memory import cache_bytes, equal_depth, formula_bytes
 
 
 def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_token():

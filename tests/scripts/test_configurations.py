@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from make_configurations import all_configs, published_config, to_json
-from model_table import format_table, measure, table_row
-from published import PUBLISHED_MODELS
 
+from model_table import format_table, measure, table_row
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, configuration_folder
+from workshop.published import PUBLISHED_MODELS, all_configs, published_config, to_json
 
 
 @pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.name)

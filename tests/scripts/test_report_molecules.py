@@ -4,11 +4,12 @@ import copy
 import math
 
 import pytest
-import report_plots
 from experiment_lines import LOOPED, PLAIN, SPIRAL_B, MadeUpExperiment, looped, make_line, make_molecule_line
-from report_molecules import molecules_report
-from report_results import MOLECULE_FIELDS, ExperimentResults
 from test_report import cells, section
+
+from workshop.experiments import pictures as report_plots
+from workshop.experiments.molecules_report import molecules_report
+from workshop.experiments.results import MOLECULE_FIELDS, ExperimentResults
 
 MODELS = {"plain-3": PLAIN, "looped-mesh": looped(2, 4, LOOPED), "spiralformer-mesh": looped(2, 4, SPIRAL_B)}
 NATS = {"plain-3": [0.84, 0.85, 0.85], "looped-mesh": [0.83, 0.84, 0.835], "spiralformer-mesh": [0.80, 0.81, 0.807]}

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from report_statistics import HIGHER, LOWER, NOISE, OPPOSITE, REPRODUCES, Comparison, Mean
+
+from workshop.experiments.statistics import HIGHER, LOWER, NOISE, OPPOSITE, REPRODUCES, Comparison, Mean
 
 REFERENCE = {0: 2.0, 1: 2.1, 2: 2.2}
 
