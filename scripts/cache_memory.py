@@ -12,8 +12,9 @@ from transformers import HfArgumentParser
 
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.checkpoints import load_config
+from workshop.costs import cache_bytes, layer_equivalents, promised_bytes
 from workshop.files import PICTURES, check_file
-from workshop.memory import MEBIBYTE, cache_bytes, draw, equal_depth, formula_bytes
+from workshop.memory import MEBIBYTE, draw, equal_depth
 from workshop.settings import check_counts
 
 
@@ -52,7 +53,8 @@ def main() -> None:
         total = sum(held.values())
         per_token = total / arguments.context_length / arguments.batch_size
         print(f"{name:<32} {total / MEBIBYTE:10.3f} MiB, {per_token:10.1f} bytes a token and row")
-    promised = formula_bytes(config, arguments.context_length, arguments.batch_size, dtype.itemsize)
+    promised = promised_bytes(layer_equivalents(config), config.hidden_size, dtype.itemsize)
+    promised *= arguments.context_length * arguments.batch_size
     print(f"{'the formula of docs/cache.md':<32} {promised / MEBIBYTE:10.3f} MiB")
 
     draw(measured, f"Cache of {arguments.context_length} tokens ({arguments.dtype})", arguments.plot)

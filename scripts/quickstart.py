@@ -10,18 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import matplotlib
 from transformers import HfArgumentParser, set_seed
 
 from workshop.files import ROOT, check_folder, write_json
+from workshop.plotting import draw_losses
 from workshop.settings import check_counts
 from workshop.training import run as train
 from workshop.training_arguments import parse_arguments
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
 
 
 @dataclass
@@ -53,18 +49,6 @@ def generate_code(model_dir: str, prompt: str) -> str:
     return text["generated_text"]
 
 
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The training loss over optimiser steps, and the evaluations, as a PNG."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out files", "o")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def run(arguments: QuickstartArguments) -> dict:
     """Trains, evaluates, saves, reloads in a fresh process, generates and draws; returns what it prints."""
     started = time.time()
@@ -79,7 +63,7 @@ def run(arguments: QuickstartArguments) -> dict:
     )
     trainer = train(*settings)
     history = trainer.state.log_history
-    draw_loss(history, output / "loss.png")
+    draw_losses(history, output / "loss.png")
     command = [sys.executable, __file__, "--generate_from", str(output), "--prompt", arguments.prompt]
     generated = subprocess.run(
         command, stdout=subprocess.PIPE, check=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"}

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workshop.checkpoints import load_config, load_model, load_tokenizer
 from workshop.data import load_file
 from workshop.files import ROOT
+from workshop.tables import plain_table
 
 METRIC = ROOT / "scripts" / "metrics" / "sliding_window_perplexity"
 TASKS = ROOT / "scripts" / "tasks"
@@ -80,11 +81,4 @@ def format_table(figures: dict[str, dict]) -> str:
         size = f"{values['tokens']} tokens" if "tokens" in values else f"{values['passages']} passages"
         measured = [(values.get(key.replace(" ", "_")), key) for key in COLUMNS[2:]]
         rows.append((name, size, *("-" if value is None else f"{value:.4g}" for value, _ in measured)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [
-            cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return plain_table(rows)

@@ -5,14 +5,11 @@ Distances are in tokens: one unit of the horizontal axis is one column of text.
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import FancyBboxPatch, Rectangle  # noqa: E402
+from workshop.plotting import plt, save
 
 INK, FAINT, PAPER = "#22303c", "#8a97a3", "#ffffff"
 TOKEN, BLOCK, CARRIER, NOTHING = "#dfe5ea", "#eef2f5", "#f6e3bd", "#ffffff"
@@ -31,12 +28,6 @@ def new_axes(width: float, height: float, right: float, top: float) -> Axes:
     axes.set(xlim=(0, right), ylim=(top, -0.3))
     axes.axis("off")
     return axes
-
-
-def save(axes: Axes, path: Path) -> None:
-    """Writes the sheet, without the date and version that would make two runs differ."""
-    axes.figure.savefig(path, dpi=160, metadata={"Software": None})
-    plt.close(axes.figure)
 
 
 def bar(axes: Axes, left: float, top: float, width: float, height: float, **style) -> None:
@@ -154,7 +145,7 @@ def draw_architecture(path: Path) -> None:
         "Strip below: the chunk that each token reads (hatched: none yet)."
     )
     write(axes, SHEET / 2, loop_end + 4.2, note, size=8.5, ha="center", color=ARROW)
-    save(axes, path)
+    save(axes.figure, path, dpi=160)
 
 
 # -- cache grid ---------------------------------------------------------------------------------------------------
@@ -214,4 +205,4 @@ def draw_cache_grid(path: Path) -> None:
         f"the first chunk has {GRID.size - GRID.offset} members."
     )
     write(axes, 27.4 / 2, end + 0.85, note, size=8.5, ha="center", color=ARROW, linespacing=1.5)
-    save(axes, path)
+    save(axes.figure, path, dpi=160)

@@ -7,9 +7,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerPreTrainedModel
+from modeling_spiralformer import SpiralFormerPreTrainedModel
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.tables import format_schedule
+from workshop.costs import repeated_flops
+from workshop.tables import config_schedule
 
 PIPELINES = {
     "AutoModel": "feature-extraction",
@@ -89,13 +90,7 @@ def make_card(
         task=task,
         auto_class=auto_class,
         config=config,
-        layers=format_schedule(
-            config.num_prelude_layers,
-            config.num_core_layers,
-            config.num_coda_layers,
-            config.chunk_sizes,
-            config.share_core,
-        ),
+        layers=config_schedule(config),
         parameters=f"{model.num_parameters():,}",
         training_data=training_data or (None if dataset is None else f"The data set `{dataset}`."),
         evaluation=evaluation,
@@ -134,13 +129,8 @@ class CardTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict) -> int:
         """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration."""
-        config = self.model.config
-        if not isinstance(config, SpiralFormerConfig) or not config.chunk_sizes:
-            return super().floating_point_ops(inputs)
-        weights = sum(parameter.numel() for name, parameter in self.model.named_parameters() if ".core." in name)
-        passes = sum(1 / size for size in config.chunk_sizes)
-        passes /= 1 if config.share_core else config.num_iterations
-        return super().floating_point_ops(inputs) + int(6 * inputs["input_ids"].numel() * weights * (passes - 1))
+        tokens = inputs["input_ids"].numel()
+        return super().floating_point_ops(inputs) + repeated_flops(self.model, tokens)
 
     def create_model_card(
         self,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.costs import count_parameters, count_published_flops
+from workshop.tables import format_schedule
 
 SPIRAL_B = (8, 4, 2, 1)
 SPIRAL_L = (16, 8, 4, 2)
@@ -163,3 +165,44 @@ def to_json(config: SpiralFormerConfig) -> str:
     settings = {"architectures": config.architectures, "model_type": config.model_type}
     settings |= {name: getattr(config, name) for name in own}
     return json.dumps(settings, indent=2) + "\n"
+
+
+# -- what is counted here, beside the paper's ---------------------------------------------------------------------
+
+PREFILL_TOKENS = 4096
+TABLE_HEADER = ("model", "layers", "params", "paper", "non-emb.", "paper", "TFLOPs", "paper", "deviation")
+
+
+@dataclass
+class Measurement:
+    """Counted figures of one model: parameters, and floating-point operations of a prefill (2 per multiply-add)."""
+
+    parameters: int
+    non_embedding: int
+    flops: int
+
+
+def measure(config: SpiralFormerConfig) -> Measurement:
+    """Counts, with the FLOPs of a prefill of 4096 tokens."""
+    return Measurement(*count_parameters(config), count_published_flops(config, PREFILL_TOKENS))
+
+
+def schedule(model: PublishedModel) -> str:
+    """The layers in the paper's notation, such as 2+4x{1/8,1/4,1/2,1}+2."""
+    return format_schedule(*model.layers, model.chunk_sizes, model.share_core)
+
+
+def table_row(model: PublishedModel, measured: Measurement) -> tuple[str, ...]:
+    """One line of the table: millions of parameters, 1e12 FLOPs, and by how much the FLOPs deviate."""
+    teraflops = measured.flops / 1e12
+    return (
+        model.name,
+        schedule(model),
+        f"{measured.parameters / 1e6:.1f}",
+        f"{model.parameters:.1f}",
+        f"{measured.non_embedding / 1e6:.1f}",
+        f"{model.non_embedding:.1f}",
+        f"{teraflops:.2f}",
+        f"{model.teraflops:.2f}",
+        f"{teraflops / model.teraflops - 1:+.1%}",
+    )

@@ -12,15 +12,8 @@ from benchmark import BenchmarkArguments
 from workshop.benchmarks.measuring import EVERY, FLOORED, DecodeSetting, Grid, measure
 from workshop.benchmarks.models import DEEP, MODELS, PLAIN, ModelSize
 from workshop.benchmarks.results import GridResults, Ratio, report
-from workshop.benchmarks.workloads import (
-    DECODE_STEPS,
-    Decode,
-    Floor,
-    call_lengths,
-    count_flops,
-    decode_calls,
-    peak_bytes,
-)
+from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
+from workshop.costs import DECODE_STEPS, call_lengths, count_flops, decode_calls, layer_equivalents
 
 SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -108,7 +101,7 @@ def test_the_floor_runs_the_layer_calls_that_decoding_runs(name, padding):
     assert seen == [(call.layer, call.rows) for calls in steps for call in calls]
     assert len(Floor(model, len(padding or [0]), 48, padding)()) == DECODE_STEPS
     if padding is None:
-        assert len(seen) / DECODE_STEPS == MODELS[name].layer_equivalents(SIZE.layers)
+        assert len(seen) / DECODE_STEPS == layer_equivalents(model.config)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,7 +109,7 @@ def test_flops_are_those_of_the_layers(name):
     """Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward."""
     model, length, size = MODELS[name].build(SIZE, META, torch.float32), 96, SIZE.width
     flops = count_flops(model, length)
-    lengths = call_lengths(model, length)
+    lengths = call_lengths(model.config, length)
     layers = sum(24 * n * size**2 + 4 * n**2 * size for n in lengths)
     head = 2 * size * SIZE.vocabulary
     # What a looped model adds: routers, scorers and allocators, a few numbers wide.

@@ -14,6 +14,7 @@ from workshop.experiments.plan import load_experiment
 from workshop.experiments.results import FIELDS, ExperimentResults
 from workshop.experiments.statistics import LOWER, NOISE, OPPOSITE, REPRODUCES
 from workshop.experiments.store import read_lines
+from workshop.plotting import plt
 from workshop.published import PERPLEXITIES
 
 MAIN_BITS = {
@@ -325,7 +326,7 @@ def figures(monkeypatch) -> dict:
     monkeypatch.setattr(report_plots, "save", lambda figure, path: drawn.setdefault(path, figure))
     yield drawn
     for figure in drawn.values():
-        report_plots.plt.close(figure)
+        plt.close(figure)
 
 
 def draw_all(experiments: list[tuple[MadeUpExperiment, list[dict]]]) -> None:

@@ -14,15 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from experiment import main
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.costs import count_costs, count_parameters, meta_model
 from workshop.experiments import plan as experiment_plan
-from workshop.experiments.matching import (
-    count_costs,
-    count_parameters,
-    match_parameters,
-    match_steps,
-    meta_model,
-    parameters_per_unit,
-)
+from workshop.experiments.matching import match_parameters, match_steps, parameters_per_unit
 from workshop.experiments.plan import Experiment, Run, config_fields, load_experiment
 from workshop.experiments.run import last_whole_checkpoint, train_run, training_arguments
 from workshop.experiments.runner import Runner, held

@@ -34,6 +34,7 @@ from workshop.probes.measures import (
     relative_update,
     uniform_attention,
 )
+from workshop.tables import format_resolution
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
 TEXT = "".join(f"def function_{i}(value):\n    return value + {i}\n" for i in range(200))
@@ -405,7 +406,7 @@ def test_the_table_of_the_page_is_that_of_uniform_attention():
     for size in (8, 4, 2, 1):
         keys = (256 + size // 2) // size
         figures = [f"{value:.3f}" for value in measure(uniform_attention(keys), size).tolist()]
-        cells = [plot_probes.resolution(size), str(keys), str(local_window(size)), *figures]
+        cells = [format_resolution(size), str(keys), str(local_window(size)), *figures]
         assert f"| {' | '.join(cells)} |" in page
 
 

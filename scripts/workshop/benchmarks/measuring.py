@@ -13,17 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from workshop.benchmarks.models import MODELS, PLAIN, BenchmarkModel, ModelSize
-from workshop.benchmarks.workloads import (
-    Decode,
-    Floor,
-    Prefill,
-    TrainingStep,
-    count_flops,
-    held_bytes,
-    seconds,
-    step_weight_bytes,
-    training_peak_bytes,
-)
+from workshop.benchmarks.workloads import Decode, Floor, Prefill, TrainingStep, seconds, training_peak_bytes
+from workshop.costs import cache_layer_bytes, count_flops, layer_equivalents, step_weight_bytes
 from workshop.provenance import load, machine
 
 # Columns of left padding of a ragged batch, repeated where it has more rows: many phases of every level.
@@ -138,10 +129,10 @@ def count(grid: Grid, model: BenchmarkModel) -> dict:
     lengths = sorted({*grid.prefill_lengths, *grid.training_lengths})
     # Attention is switched to eager by the count of FLOPs: it comes last.
     counts = {
-        "layer_equivalents": model.layer_equivalents(grid.size.layers),
+        "layer_equivalents": layer_equivalents(meta.config),
         "parameters": sum(parameter.numel() for parameter in meta.parameters()),
         "step_weight_bytes": step_weight_bytes(meta, grid.context),
-        "cache_bytes": {length: held_bytes(meta, length) for length in (grid.context, grid.size.longest)},
+        "cache_bytes": {length: sum(cache_layer_bytes(meta, length)) for length in (grid.context, grid.size.longest)},
     }
     return counts | {"flops": {length: count_flops(meta, length) for length in lengths}}
 

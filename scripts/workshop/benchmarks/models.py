@@ -31,11 +31,6 @@ class BenchmarkModel:
             return (layers * 4 // 3 if self.deeper else layers), 0, 0
         return layers // 3, layers - 2 * (layers // 3), layers // 3
 
-    def layer_equivalents(self, layers: int) -> float:
-        """N_pre + N_post + N_core * sum(1 / g): layer calls per token, each latent a share of its chunk's tokens."""
-        prelude, core, coda = self.split(layers)
-        return prelude + coda + core * sum(1 / size for size in self.chunk_sizes)
-
     def build(self, size: "ModelSize", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model in evaluation mode with random weights, under sdpa; on the meta device it costs nothing."""
         config = self.config(size)

@@ -6,17 +6,14 @@ third quartile in brackets.
 
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
 from workshop.benchmarks.models import DEEP, PLAIN
+from workshop.costs import promised_bytes
+from workshop.plotting import new_figure, save
 from workshop.tables import markdown_table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
 
 MEBIBYTE = 2**20
 B, ANCHOR, L = "spiralformer-b", "spiralformer-b, anchor", "spiralformer-l"
@@ -156,12 +153,12 @@ def memory_table(results: GridResults) -> str:
     header = ["model", "M parameters", "MiB of weights a step", f"KiB of cache a token, {context}", f"{longest}"]
     header += ["over the formula"]
     header += ["MiB at the peak of a training step", "over GPT-NeoX of equal FLOPs", "of equal causal FLOPs"]
-    rows = []
+    itemsize, rows = getattr(torch, results.grid["dtype"]).itemsize, []
     for model, counts in results.counts.items():
         cache = [counts["cache_bytes"][str(length)] / length / 1024 for length in (context, longest)]
         row = [model, f"{counts['parameters'] / 1e6:.1f}", f"{counts['step_weight_bytes'] / MEBIBYTE:.0f}"]
         row += [f"{value:.1f}" for value in cache]
-        formula = counts["layer_equivalents"] * 2 * results.width * getattr(torch, results.grid["dtype"]).itemsize
+        formula = promised_bytes(counts["layer_equivalents"], results.width, itemsize)
         row.append(f"{cache[1] * 1024 / formula:.4f}")
         if model in results.peaks:
             length = max(results.grid["training_lengths"])
@@ -221,9 +218,9 @@ def draw(results: dict, path: str) -> None:
         key = {"batch": batch, "ragged": False, "compiled": False}
         if models := [name for name in grid.models("decode", **key) if name != PLAIN]:
             bars.append((f"decode, batch {batch}", {m: grid.decode_quotient(m, **key) for m in models}))
-    figure, panels = plt.subplots(1, len(bars), figsize=(3.2 * len(bars), 4.2), sharey=True, layout="constrained")
+    figure, [panels] = new_figure(3.2 * len(bars), 4.2, len(bars), sharey=True)
     order = [name for name in grid.counts if name != PLAIN]
-    for axes, (title, ratios) in zip(np.atleast_1d(panels), bars, strict=True):
+    for axes, (title, ratios) in zip(panels, bars, strict=True):
         for name, ratio in ratios.items():
             row = order.index(name)
             axes.plot([ratio.low, ratio.high], [row, row], color="tab:blue", linewidth=5, alpha=0.35)
@@ -232,10 +229,9 @@ def draw(results: dict, path: str) -> None:
         axes.axvline(1.05, color="tab:red", linewidth=1, linestyle="--")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("time ratio / cost ratio")
-    np.atleast_1d(panels)[0].set_yticks(range(len(order)), order, fontsize=9)
-    np.atleast_1d(panels)[0].invert_yaxis()
+    panels[0].set_yticks(range(len(order)), order, fontsize=9)
+    panels[0].invert_yaxis()
     figure.suptitle(
         f"Against GPT-NeoX of the same width ({grid.width}): left of 1 is faster than its count", fontsize=11
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -2,24 +2,8 @@
 
 import copy
 
-import torch
-
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
-from workshop.benchmarks.workloads import count_flops, held_bytes
-
-
-def meta_model(config: SpiralFormerConfig) -> SpiralFormerForCausalLM:
-    """The model without numbers: counting costs neither memory nor time."""
-    with torch.device("meta"):
-        return SpiralFormerForCausalLM(copy.deepcopy(config)).eval()
-
-
-def count_parameters(config: SpiralFormerConfig) -> tuple[int, int]:
-    """All parameters, and those outside of the embedding and the head."""
-    model = meta_model(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
-    return total, total - sum(weight.numel() for weight in embeddings)
+from modeling_spiralformer import SpiralFormerConfig
+from workshop.costs import count_parameters
 
 
 def parameters_per_unit(config: SpiralFormerConfig) -> int:
@@ -65,27 +49,3 @@ def match_steps(budget: dict[str, float], tokens_per_step: int, flops_per_step: 
     if steps < 1:
         raise ValueError(f"`budget` must be at least {flops_per_step} FLOPs, one step, but got {budget['flops']}.")
     return steps
-
-
-def layer_equivalents(config: SpiralFormerConfig) -> float:
-    """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
-    reads = sum(1 / size for size in config.chunk_sizes)
-    return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * reads
-
-
-def count_costs(config: SpiralFormerConfig, block_size: int) -> dict[str, float]:
-    """
-    What a model costs, counted on blocks of `block_size` tokens: parameters, FLOPs of a training block and of a
-    prefill (2 per multiply-add, attention as the full square), bytes of cache in float32, and layer calls of an
-    average decode step.
-    """
-    parameters, non_embedding = count_parameters(config)
-    flops = count_flops(meta_model(config), block_size)
-    return {
-        "parameters": parameters,
-        "non_embedding_parameters": non_embedding,
-        "training_flops_per_block": flops["training"],
-        "prefill_flops_per_token": flops["prefill"] / block_size,
-        "kv_bytes_per_token": held_bytes(meta_model(config), block_size) / block_size,
-        "decode_layer_equivalents": layer_equivalents(config),
-    }

@@ -7,7 +7,6 @@ from workshop.experiments.report import (
     bits_cell,
     costs_table,
     interval_cell,
-    layers_cell,
     mean_cell,
     or_nothing,
     provenance,
@@ -19,7 +18,7 @@ from workshop.experiments.report import (
 from workshop.experiments.results import ExperimentResults, ModelResults
 from workshop.experiments.statistics import CONFIDENCE, Mean
 from workshop.experiments.store import SAMPLE_CLASSES
-from workshop.tables import markdown_table
+from workshop.tables import config_schedule, markdown_table
 
 MEASURES = {"validation": "nats per token", "valid": "valid"}
 READING = (
@@ -73,7 +72,7 @@ def results_table(results: ExperimentResults) -> str:
     header += ["nats per token", "valid", "of all samples", "unique", *SAMPLE_CLASSES[1:]]
     rows = []
     for model in results.models:
-        row = [model.name, layers_cell(model), str(model.config.hidden_size)]
+        row = [model.name, config_schedule(model.config), str(model.config.hidden_size)]
         row += [or_nothing(model.cost("non_embedding_parameters"), ","), scientific(model.cost("flops"))]
         row += [or_nothing(model.learning_rate, "g"), str(len(model.runs)), bits_cell(model, "validation")]
         row += [share_cell(model.mean("valid")), pooled_interval(model), share_cell(unique_share(model))]

@@ -4,41 +4,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from workshop.experiments.results import TEXTS, ExperimentResults, ModelResults
 from workshop.experiments.store import SAMPLE_CLASSES
+from workshop.plotting import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    add_legend,
+    new_figure,
+    save,
+    set_log_axis,
+)
 from workshop.published import BEST_RECURRENCE_RATIOS
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import (  # noqa: E402
-    LogFormatterSciNotation,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    PercentFormatter,
-    ScalarFormatter,
-)
-
-# Colours of Okabe and Ito, told apart with every kind of colour vision.
 STYLES = {
-    "gpt-neox": ("#000000", "o"),
-    "gpt-neox-mesh": ("#CC79A7", "D"),
-    "looped-anchor": ("#E69F00", "v"),
-    "looped-mesh": ("#D55E00", "^"),
-    "spiralformer-b": ("#0072B2", "s"),
-    "spiralformer-l": ("#009E73", "P"),
-    "plain-3": ("#000000", "o"),
-    "plain-8": ("#8a97a3", "X"),
-    "looped-base": ("#CC79A7", "D"),
-    "spiralformer-anchor": ("#56B4E9", "s"),
+    "gpt-neox": (BLACK, "o"),
+    "gpt-neox-mesh": (PURPLE, "D"),
+    "looped-anchor": (ORANGE, "v"),
+    "looped-mesh": (VERMILION, "^"),
+    "spiralformer-b": (BLUE, "s"),
+    "spiralformer-l": (GREEN, "P"),
+    "plain-3": (BLACK, "o"),
+    "plain-8": (GREY, "X"),
+    "looped-base": (PURPLE, "D"),
+    "spiralformer-anchor": (SKY, "s"),
 }
-GREY = "#8a97a3"
-CLASS_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#D55E00", GREY)  # of SAMPLE_CLASSES
+CLASS_COLOURS = (GREEN, PURPLE, ORANGE, VERMILION, GREY)  # of SAMPLE_CLASSES
 BITS, FLOPS, NON_EMBEDDING = "bits per byte", "training FLOPs", "non-embedding parameters"
 COSTS = {FLOPS: "flops", NON_EMBEDDING: "non_embedding_parameters"}
 
@@ -57,26 +58,6 @@ def style_of(name: str) -> tuple[str, str]:
     return STYLES.get(name, STYLES["spiralformer-b"])
 
 
-def new_figure(width: float, height: float, panels: int, **options) -> tuple[Figure, list[Axes]]:
-    """A row of panels with a faint grid."""
-    plt.rcdefaults()
-    plt.rcParams.update({"axes.grid": True, "grid.color": "#e3e7ea", "axes.axisbelow": True})
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False, **options)
-    return figure, list(axes[0])
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes the picture, without the date and version that would make two runs differ."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-
-
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """One legend below all panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-
-
 def draw_point(axes: Axes, cost: float, model: ModelResults, **options) -> None:
     """Mean bits per byte on validation text over a cost, with its standard error."""
     mean, (colour, marker) = model.mean("validation"), style_of(model.name)
@@ -87,7 +68,7 @@ def draw_point(axes: Axes, cost: float, model: ModelResults, **options) -> None:
 
 def draw_costs(results: ExperimentResults, path: Path) -> None:
     """Bits per byte over training FLOPs and non-embedding parameters, a point per model (the paper's Figure 2)."""
-    figure, panels = new_figure(9, 4.4, 2, sharey=True)
+    figure, [panels] = new_figure(9, 4.4, 2, grid=True, sharey=True)
     for axes, (label, field) in zip(panels, COSTS.items(), strict=True):
         for model in results.measured:
             draw_point(axes, model.cost(field), model, linestyle="none", label=model.name)
@@ -103,7 +84,7 @@ def draw_costs(results: ExperimentResults, path: Path) -> None:
 
 def draw_molecules(results: ExperimentResults, path: Path) -> None:
     """Loss over training FLOPs, a point a model, and what became of the samples, a bar a model."""
-    figure, (points, bars) = new_figure(11, 4.4, 2)
+    figure, [(points, bars)] = new_figure(11, 4.4, 2, grid=True)
     models = results.measured
     for model in models:
         draw_point(points, model.cost("flops"), model, linestyle="none", label=model.name)
@@ -122,17 +103,9 @@ def draw_molecules(results: ExperimentResults, path: Path) -> None:
     save(figure, path)
 
 
-def set_log_axis(axes: Axes) -> None:
-    """A logarithmic horizontal axis with figures at 1, 2 and 5 of each decade: more would run into each other."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
 def draw_scaling(experiments: list[ExperimentResults], path: Path) -> None:
     """The same with the sizes of each family connected by a line."""
-    figure, panels = new_figure(9, 4.6, 2, sharey=True)
+    figure, [panels] = new_figure(9, 4.6, 2, grid=True, sharey=True)
     points: dict[str, list[ModelResults]] = {}
     for results in experiments:
         for model in results.measured:
@@ -167,7 +140,7 @@ def draw_curves(results: ExperimentResults, path: Path) -> None:
     Bits per byte on a part of the validation text in the course of training, the second half once more on a scale of
     its own: mean over the seeds, lowest to highest as a band.
     """
-    figure, (whole, second_half) = new_figure(11, 4.8, 2)
+    figure, [(whole, second_half)] = new_figure(11, 4.8, 2, grid=True)
     for model in results.measured:
         flops, bits = validation_curves(model)
         colour, marker = style_of(model.name)
@@ -188,7 +161,7 @@ def draw_curves(results: ExperimentResults, path: Path) -> None:
 def draw_ablations(results: ExperimentResults, path: Path) -> None:
     """Differences to the reference on both texts: mean, 95% interval, and each pair of runs as a small mark."""
     rows = [model.name for model in results.measured if model.name != results.reference]
-    figure, panels = new_figure(9.5, 1.6 + 0.42 * len(rows), 2, sharey=True)
+    figure, [panels] = new_figure(9.5, 1.6 + 0.42 * len(rows), 2, grid=True, sharey=True)
     colour = style_of(results.reference)[0]
     for axes, text in zip(panels, TEXTS, strict=True):
         comparison = results.compare(text)
@@ -211,12 +184,12 @@ def draw_ablations(results: ExperimentResults, path: Path) -> None:
 
 def draw_ratios(results: ExperimentResults, path: Path) -> None:
     """Bits per byte over the recurrence ratio on both texts (the paper's Figure 3), each seed as a small mark."""
-    figure, panels = new_figure(9.5, 4.2, 2)
+    figure, [panels] = new_figure(9.5, 4.2, 2, grid=True)
     models = sorted(results.measured, key=lambda model: model.recurrence_ratio)
     ratios = [model.recurrence_ratio for model in models]
     colour = style_of("spiralformer-b")[0]
     for axes, text in zip(panels, TEXTS, strict=True):
-        axes.axvspan(*BEST_RECURRENCE_RATIOS, color="#F0E442", alpha=0.35, lw=0, label="lowest in the paper")
+        axes.axvspan(*BEST_RECURRENCE_RATIOS, color=YELLOW, alpha=0.35, lw=0, label="lowest in the paper")
         seeds = [(model.recurrence_ratio, bits) for model in models for bits in model.figures(text).values()]
         axes.plot(*zip(*seeds, strict=True), "_", color=GREY, markersize=9, label="one seed")
         means = [model.mean(text) for model in models]

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_spiralformer import SpiralFormerConfig
-from workshop.experiments.matching import count_costs, match_parameters, match_steps
+from workshop.costs import count_costs
+from workshop.experiments.matching import match_parameters, match_steps
 from workshop.experiments.store import losses
 from workshop.published import to_json
 from workshop.settings import LARGEST_SEED, check_numbers, check_types, read_settings, types_of
@@ -188,7 +189,7 @@ class Experiment:
 
     @functools.cache  # noqa: B019
     def costs(self, name: str) -> dict[str, float]:
-        """What one model costs, counted (`matching.count_costs`)."""
+        """What one model costs, counted (`costs.count_costs`)."""
         return count_costs(self.model_config(name), self.example_length)
 
     @functools.cache  # noqa: B019

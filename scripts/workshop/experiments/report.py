@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from workshop.experiments.results import ExperimentResults, ModelResults, figure
 from workshop.experiments.statistics import HIGHER, Comparison, Mean
 from workshop.published import ABLATIONS, BEST_RECURRENCE_RATIOS, PERPLEXITIES
-from workshop.tables import format_schedule, markdown_table
+from workshop.tables import config_schedule, markdown_table
 
 NOTHING, DIVERGED = "-", "diverged"
 # What the paper reports beside the models of each kind of report: where -> model -> perplexity on the Pile.
@@ -45,12 +45,6 @@ def bits_cell(model: ModelResults, text: str) -> str:
 
 def interval_cell(interval: tuple[float, float] | None) -> str:
     return NOTHING if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
-
-
-def layers_cell(model: ModelResults) -> str:
-    config = model.config
-    layers = (config.num_prelude_layers, config.num_core_layers, config.num_coda_layers)
-    return format_schedule(*layers, config.chunk_sizes, config.share_core)
 
 
 def names(models: Iterable[str]) -> str:
@@ -133,7 +127,7 @@ def results_table(results: ExperimentResults) -> str:
     header += ["bits per byte, validation", "foreign"]
     rows = []
     for model in results.models:
-        row = [model.name, layers_cell(model)]
+        row = [model.name, config_schedule(model.config)]
         if results.report == "ratio":
             row.append(f"{model.recurrence_ratio:.0%}")
         row += [or_nothing(model.cost("non_embedding_parameters"), ","), scientific(model.cost("flops"))]

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.checkpoints import load_config, load_model, load_tokenizer
 from workshop.files import read_text
-from workshop.tables import format_schedule
+from workshop.tables import config_schedule
 
 ENTROPY, LOCAL_MASS = METRICS = ("key-marginal entropy", "local attention mass")
 LARGEST_DEFAULT_LENGTH = 1024
@@ -256,9 +256,8 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
     schedule = zip(config.chunk_sizes, config.resolved_chunk_offsets, strict=True)
     counts = [(sequences.shape[1] + offset) // size for size, offset in schedule]
     uniform = [measure(uniform_attention(k), g).tolist() for k, g in zip(counts, config.chunk_sizes, strict=True)]
-    layers = (config.num_prelude_layers, config.num_core_layers, config.num_coda_layers)
     return {
-        "schedule": format_schedule(*layers, config.chunk_sizes, config.share_core),
+        "schedule": config_schedule(config),
         "topology": config.topology,
         "chunk_sizes": list(config.chunk_sizes),
         "latents": counts,

@@ -2,27 +2,19 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
+from workshop.plotting import BLUE, VERMILION, new_figure, save
 from workshop.probes.measures import METRICS
-from workshop.tables import markdown_table
+from workshop.tables import format_resolution, markdown_table
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-
-COLOURS = {"model": "#0072B2", "control": "#D55E00"}  # of Okabe and Ito: told apart with any colour vision
+COLOURS = {"model": BLUE, "control": VERMILION}
 BINS = 50
 RIDGE_HEIGHT = 0.85  # of the distance between two ridges
 
 # -- looking things up ------------------------------------------------------------------------------------------------
-
-
-def resolution(chunk_size: int) -> str:
-    """r = 1 / g as the paper writes it."""
-    return "1" if chunk_size == 1 else f"1/{chunk_size}"
 
 
 def title(role: str, probed: dict) -> str:
@@ -55,7 +47,8 @@ def metric_table(models: dict[str, dict]) -> str:
     for role, probed in models.items():
         metrics = [probed["metrics"][name] for name in METRICS]
         for t, size in enumerate(probed["chunk_sizes"]):
-            row = [f"{role}, iteration {t}", resolution(size), str(probed["latents"][t]), str(probed["windows"][t])]
+            row = [f"{role}, iteration {t}", format_resolution(size)]
+            row += [str(probed["latents"][t]), str(probed["windows"][t])]
             for metric in metrics:
                 medians = [np.median(heads[t]) for heads in heads_by_iteration(metric)]
                 row += [f"{value:.3f}" for value in (*medians, metric["uniform"][t])]
@@ -92,12 +85,8 @@ PICTURE_FILES = ("ridgelines.png", "heads.png", "updates.png")
 
 def draw(results: dict, folder: str | Path) -> None:
     """Draws `ridgelines.png`, `heads.png` and `updates.png` into a folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for file, picture in zip(PICTURE_FILES, (draw_ridgelines, draw_heads, draw_updates), strict=True):
-        figure = picture(results)
-        figure.savefig(folder / file, dpi=150)
-        plt.close(figure)
+        save(picture(results), Path(folder) / file)
 
 
 def subtitle(results: dict) -> str:
@@ -106,9 +95,7 @@ def subtitle(results: dict) -> str:
 
 def grid_of_panels(models: dict[str, dict], height: float, **share):
     """A figure with one row of panels for each metric and one column for each model."""
-    return plt.subplots(
-        *(len(METRICS), len(models)), figsize=(width(models), 2 * height), squeeze=False, layout="constrained", **share
-    )
+    return new_figure(width(models), 2 * height, len(models), len(METRICS), **share)
 
 
 def longest_schedule(models: dict[str, dict]) -> int:
@@ -129,7 +116,7 @@ def draw_ridgelines(results: dict):
         edges = np.histogram_bin_edges(np.concatenate([values.ravel() for values in samples.values()]), BINS)
         for axes, (role, probed) in zip(row, models.items(), strict=True):
             draw_ridges(axes, samples[role], edges, probed["metrics"][name]["uniform"], COLOURS[role])
-            labels = [f"{t}: {resolution(size)}" for t, size in enumerate(probed["chunk_sizes"])]
+            labels = [f"{t}: {format_resolution(size)}" for t, size in enumerate(probed["chunk_sizes"])]
             axes.set_yticks(-np.arange(len(labels)), labels)
             axes.set_title(title(role, probed), fontsize=10)
             axes.set_ylabel("iteration: resolution")
@@ -169,7 +156,7 @@ def draw_heads(results: dict):
                 metric["uniform"], places - 0.45, places + 0.45, color="black", linestyle=":", linewidth=2, zorder=5
             )
             geometry = zip(probed["chunk_sizes"], probed["latents"], probed["windows"], strict=True)
-            axes.set_xticks(places, [f"{resolution(g)}\nK = {k}\nM = {m}" for g, k, m in geometry])
+            axes.set_xticks(places, [f"{format_resolution(g)}\nK = {k}\nM = {m}" for g, k, m in geometry])
             axes.set_xlabel("resolution of each iteration, its latents K and window M")
             axes.set_ylabel(f"{name} of a head")
             axes.yaxis.set_tick_params(labelleft=True)
@@ -208,11 +195,10 @@ def draw_boxes(axes, heads: np.ndarray, dynamic: np.ndarray, colour: str) -> Non
 def draw_updates(results: dict):
     """Bars of the relative update of every block."""
     models = results["models"]
-    figure, panels = plt.subplots(
-        *(1, len(models)), figsize=(width(models), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (role, probed) in zip(panels[0], models.items(), strict=True):
-        labels = {f"iteration {t}": f"iteration\n{t}: {resolution(g)}" for t, g in enumerate(probed["chunk_sizes"])}
+    figure, [panels] = new_figure(width(models), 3.8, len(models), sharey=True)
+    for axes, (role, probed) in zip(panels, models.items(), strict=True):
+        sizes = enumerate(probed["chunk_sizes"])
+        labels = {f"iteration {t}": f"iteration\n{t}: {format_resolution(size)}" for t, size in sizes}
         labels = [labels.get(block, block) for block in probed["updates"]]
         bars = axes.bar(range(len(labels)), list(probed["updates"].values()), color=COLOURS[role])
         axes.bar_label(bars, fmt="%.2f", padding=2)
