@@ -7,7 +7,7 @@ import pytest
 from experiment_lines import LOOPED, PLAIN, SPIRAL_B, MadeUpExperiment, looped, make_line, make_molecule_line
 from test_report import cells, section
 
-from workshop.experiments import pictures as report_plots
+from workshop.experiments import pictures
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.results import MOLECULE_FIELDS, ExperimentResults
 
@@ -82,9 +82,9 @@ def test_every_prefix_of_a_store_gives_a_report_and_pictures(tmp_path):
         results = ExperimentResults.gather(experiment(), found[:count])
         text = molecules_report(results, {})
         assert all(text.count(f"\n| {name} |") >= 3 for name in MODELS)
-        assert len(report_plots.pictures(results)) == (len(results.measured) > 0)
+        assert len(pictures.pictures(results)) == (len(results.measured) > 0)
     assert "All 9 runs finished." in text and "Nats per token on validation molecules with seed 0" in text
     assert "foreign" not in text and "bits per byte" not in text
-    (picture,) = report_plots.pictures(results)
+    (picture,) = pictures.pictures(results)
     picture.draw(tmp_path / picture.file)
     assert (tmp_path / "molecules.png").stat().st_size > 10000
