@@ -171,6 +171,14 @@ def test_impossible_settings_are_refused(options):
         BenchmarkArguments(**options)
 
 
+@pytest.mark.parametrize("options", [{"repeats": 3}, {"device": "cuda"}, {"full": True}, {"output": "other.json"}])
+def test_what_nothing_is_measured_with_is_refused_beside_results(options, tmp_path):
+    plot = str(tmp_path / "picture.png")
+    assert BenchmarkArguments(results="samples.json", plot=plot).results == "samples.json"
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be left out with `results`"):
+        BenchmarkArguments(results="samples.json", plot=plot, **options)
+
+
 def test_the_full_grid_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--full"])
     with pytest.raises(ValueError, match="device"):
