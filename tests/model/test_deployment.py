@@ -221,7 +221,7 @@ def test_the_commands_of_the_page_run(workplace, monkeypatch, capsys):
     config = SpiralFormerConfig.from_pretrained(ROOT / "configuration" / "tiny")
     large_weights(SpiralFormerForCausalLM(config)).save_pretrained(words[0])
     AutoTokenizer.from_pretrained(ROOT / "tokenization").save_pretrained(words[0])
-    words += ["--validation_file", "text.txt", "--block_size", "32", "--max_eval_samples", "8"]
+    words += ["--block_size", "32", "--max_blocks", "8"]
     kept = {}
     for keep in (["lm_head"], ["lm_head", "model.topology", "model.resolutions"]):
         monkeypatch.setattr(sys, "argv", [script, *words, "--keep", *keep, "--dtype", "bfloat16", "--prompt", "def"])
