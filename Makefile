@@ -100,7 +100,6 @@ memory: $(STAMP)
 
 benchmark: $(STAMP)
 	$(RUN) scripts/benchmark.py
-	$(RUN) scripts/plot_benchmark.py
 
 results: $(STAMP)
 	$(RUN) scripts/report.py

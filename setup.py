@@ -25,18 +25,24 @@ setup(
     # Bounds are what the tests run on: a lower one is the version of constraints.txt (for transformers, that of `make
     # test-min`), an upper one excludes the next minor release. Upper ones stand where the model builds on what such a
     # release may change: the library's own classes, and what PEFT and TRL do to layers.
-    install_requires=["transformers>=5.17,<5.25", "torch>=2.13", "safetensors"],
-    # The commands that these extras are for are in scripts/ of the source tree; a wheel holds none.
+    install_requires=["transformers>=5.17,<5.25", "torch>=2.13", "huggingface_hub", "safetensors"],
+    # The commands that these extras are for are in scripts/ of the source tree; a wheel holds none. What they import
+    # stands here by name: a package that another one brings along today may be dropped by it.
     extras_require={
         "train": [
             "accelerate>=1.15",
             "datasets",
             "evaluate",
+            "filelock",
             "matplotlib",
+            "numpy",
+            "pandas",
             "peft>=0.21,<0.22",
+            "pyarrow",
             "pyyaml",
             "scipy",
             "tokenizers",
+            "tqdm",
             "trl>=1.16,<1.17",
         ],
         "eval": ["evaluate", "lm-eval[hf]>=0.4.13"],

@@ -1,9 +1,9 @@
 """Quantises a trained model to int8 weights with torchao, on a CPU, and says what that does to its perplexity.
 
-    python examples/quantise.py runs/quickstart runs/quantised
+    python examples/quantise.py runs/quickstart runs/quantised --text text.txt
 
-The quantised model is saved, loaded again as any other checkpoint, and continues a prompt. The held-out text is the
-source of the Python standard library, or `--validation_file`.
+The quantised model is saved, loaded again as any other checkpoint, and continues a prompt. Perplexity is that of the
+first blocks of the text.
 """
 
 import argparse
@@ -12,19 +12,15 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from checkpoints import load_config, load_model, load_tokenizer
-from files import check_folder
 from torchao.quantization import Int8WeightOnlyConfig
-from training_arguments import DataArguments
-from training_data import make_blocks
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+import modeling_spiralformer  # noqa: F401  registers the Auto classes
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="checkpoint with a tokenizer, a folder or a name on the Hub")
 parser.add_argument("output_dir")
+parser.add_argument("--text", required=True, help="a text file to measure on, which the model was not trained on")
 parser.add_argument("--keep", nargs="*", default=["lm_head"], help="modules that stay as they are")
 parser.add_argument(
     "--dtype",
@@ -34,22 +30,24 @@ parser.add_argument(
 )
 parser.add_argument("--prompt", default="def __init__(self")
 parser.add_argument("--block_size", type=int, default=128)
-parser.add_argument("--max_eval_samples", type=int, default=64)
-parser.add_argument("--validation_file", help="text to measure on; default: held-out files of the standard library")
+parser.add_argument("--max_blocks", type=int, default=64)
 arguments = parser.parse_args()
 
-if check_folder("output_dir", arguments.output_dir).resolve() == Path(arguments.model).resolve():
+if Path(arguments.output_dir).resolve() == Path(arguments.model).resolve():
     parser.error("output_dir must be another folder than that of the model")
 sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-config = load_config(arguments.model, field="model")
-tokenizer = load_tokenizer(arguments.model, config, field="model")
-data = DataArguments(validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples)
-blocks = make_blocks(data, tokenizer, arguments.block_size, ["validation"])["validation"].with_format("torch")
+tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+text = tokenizer(Path(arguments.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+ids = torch.tensor(text["input_ids"])
+count = min(len(ids) // arguments.block_size, arguments.max_blocks)
+if not count:
+    parser.error(f"--text must hold a block of {arguments.block_size} tokens, but {arguments.text} has {len(ids)}")
+blocks = ids[: count * arguments.block_size].view(count, arguments.block_size)
 
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module) -> float:
-    losses = [model(**block, use_cache=False).loss.item() for block in blocks.iter(batch_size=8)]
+    losses = [model(block[None], labels=block[None], use_cache=False).loss.item() for block in blocks]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -57,7 +55,9 @@ def weights_in_mib(folder: str) -> float:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
 
 
-model = load_model(arguments.model, config, dtype=getattr(torch, arguments.dtype))
+model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, output_loading_info=True)
+if any(loading.values()):  # the library would draw or drop these weights, and warn
+    parser.error(f"model must hold the weights of its configuration, but loading it gave {loading}")
 before = perplexity(model)
 quantisation = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=arguments.keep)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, quantization_config=quantisation)

@@ -1,58 +1,60 @@
-"""Uptrains a GPT-NeoX checkpoint as a SpiralFormer: converts it, trains it with the library's Trainer, saves it.
+"""Uptrains a GPT-NeoX checkpoint that was converted to a SpiralFormer, with the library's Trainer.
 
-    python examples/uptrain.py EleutherAI/pythia-160m runs/uptrained --max_steps 1000
+    python scripts/convert.py --model_name_or_path EleutherAI/pythia-160m --output_dir runs/converted
+    python examples/uptrain.py runs/converted runs/uptrained --text text.txt --max_steps 1000
 
 Prelude and coda are copies of the first and last layers, the core is made of layers between them, and the routers of
-MeSH start so that the model is near a plain stack of the copied layers. The text is the source of the Python standard
-library, or `--train_file`.
+MeSH start so that the model is near a plain stack of the copied layers. `--source` names the GPT-NeoX to compare with.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from checkpoints import load_config, load_model, load_tokenizer
-from conversion import to_spiralformer
-from files import check_folder
-from training_arguments import DataArguments
-from training_data import make_blocks
+from datasets import Dataset
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
+import modeling_spiralformer  # noqa: F401  registers the Auto classes
+
+HELD_OUT = 0.05  # of the text
+
 parser = argparse.ArgumentParser()
-parser.add_argument("source", help="GPT-NeoX checkpoint with a tokenizer, a folder or a name on the Hub")
+parser.add_argument("converted", help="checkpoint of scripts/convert.py, with its tokenizer")
 parser.add_argument("output_dir")
-parser.add_argument("--layers", type=int, nargs=3, default=(2, 4, 2), help="of prelude, core and coda")
-parser.add_argument("--chunk_sizes", type=int, nargs="+", default=(8, 4, 2, 1))
+parser.add_argument("--text", required=True, help="a text file; its end is held out")
+parser.add_argument("--source", help="the GPT-NeoX checkpoint that was converted")
 parser.add_argument("--block_size", type=int, default=512)
 parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
 parser.add_argument("--max_steps", type=int, default=1000)
-parser.add_argument("--train_file", help="text to train on; default: the source of the Python standard library")
 arguments = parser.parse_args()
 
-set_seed(42)
-check_folder("output_dir", arguments.output_dir)
-config = load_config(arguments.source, field="source")
-tokenizer = load_tokenizer(arguments.source, config, field="source")
-source = load_model(arguments.source, config)
-prelude, core, coda = arguments.layers
-model = to_spiralformer(
-    source,
-    num_prelude_layers=prelude,
-    num_core_layers=core,
-    num_coda_layers=coda,
-    chunk_sizes=arguments.chunk_sizes,
-)
 
-data = DataArguments(train_file=arguments.train_file, max_eval_samples=64)
-blocks = make_blocks(data, tokenizer, arguments.block_size, ["train", "validation"])
+def load(name: str):
+    """The model, refused where the library would draw or drop weights, and only warn."""
+    model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    if any(loading.values()):
+        parser.error(f"{name} must hold the weights of its configuration, but loading it gave {loading}")
+    return model
+
+
+set_seed(42)
+model, tokenizer = load(arguments.converted), AutoTokenizer.from_pretrained(arguments.converted)
+ids = tokenizer(Path(arguments.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+size = arguments.block_size
+blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+if len(blocks) < 2:
+    parser.error(f"--text must hold two blocks of {size} tokens, but {arguments.text} has {len(ids)} tokens")
+held_out = max(1, round(HELD_OUT * len(blocks)))
+data = {"train": blocks[:-held_out], "held out": blocks[-held_out:]}
+data = {name: Dataset.from_dict({"input_ids": part, "labels": part}) for name, part in data.items()}
+
 settings = TrainingArguments(
     output_dir=arguments.output_dir,
     max_steps=arguments.max_steps,
@@ -65,8 +67,8 @@ settings = TrainingArguments(
 trainer = Trainer(
     model=model,
     args=settings,
-    train_dataset=blocks["train"],
-    eval_dataset=blocks["validation"],
+    train_dataset=data["train"],
+    eval_dataset=data["held out"],
     processing_class=tokenizer,
     data_collator=default_data_collator,
 )
@@ -74,7 +76,7 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
 trainer.save_model()
-reference = Trainer(
-    model=source, args=settings, eval_dataset=blocks["validation"], data_collator=default_data_collator
-).evaluate()["eval_loss"]
-print(f"held-out loss: source {reference:.3f}, converted {before:.3f}, after {arguments.max_steps} steps {after:.3f}")
+print(f"held-out loss: converted {before:.3f}, after {arguments.max_steps} steps {after:.3f}")
+if arguments.source is not None:
+    trainer = Trainer(load(arguments.source), settings, default_data_collator, eval_dataset=data["held out"])
+    print(f"held-out loss: source {trainer.evaluate()['eval_loss']:.3f}")

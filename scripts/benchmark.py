@@ -1,41 +1,22 @@
-"""Times prefill, training step and decode of SpiralFormer, looped models and GPT-NeoX, in turn, in one process.
+"""Times prefill, training step and decode of SpiralFormer, looped models and GPT-NeoX; tables and a picture of it.
 
-    python scripts/benchmark.py --output runs/benchmark.json
-    python scripts/plot_benchmark.py --results runs/benchmark.json --plot runs/benchmark.png
+    python scripts/benchmark.py --output runs/benchmark.json --plot runs/benchmark.png
+    python scripts/benchmark.py --results runs/benchmark.json --plot runs/benchmark.png
 
-Every sample is one round through all models, so that a slow moment of the machine meets all of them alike. Only ratios
-within a run mean anything. `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
+`--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
 """
 
-import os
-import platform
-import subprocess
-import time
-from dataclasses import asdict, dataclass, field
+import dataclasses
+import json
+from dataclasses import dataclass, field
 
 import torch
-import transformers
-from benchmark_models import MODELS, PLAIN, BenchmarkModel, ModelSize
-from benchmark_workloads import (
-    Decode,
-    Floor,
-    Prefill,
-    TrainingStep,
-    count_flops,
-    held_bytes,
-    seconds,
-    step_weight_bytes,
-    training_peak_bytes,
-)
-from files import check_file, write_json
-from tqdm import tqdm
-from training_arguments import ROOT, check_counts
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
-# Columns of left padding of a ragged batch, repeated where it has more rows: many phases of every level.
-PADDING = (0, 3, 7, 12, 17, 22, 30, 41)
-CODE = ("modeling_spiralformer", "scripts", "setup.py", "constraints.txt")
-FLOORED = (PLAIN, "spiralformer-b", "spiralformer-l")
+from workshop.benchmarks.measuring import FULL, SMALL, measure
+from workshop.benchmarks.results import draw, report
+from workshop.files import PICTURES, check_file, read_text, write_json
+from workshop.settings import check_counts
 
 
 @dataclass
@@ -47,200 +28,37 @@ class BenchmarkArguments:
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
     threads: int | None = field(default=None, metadata={"help": "Threads of the CPU. Default: one for each core."})
     output: str = field(default="runs/benchmark.json", metadata={"help": "Where the samples go."})
+    plot: str = field(default="runs/benchmark.png", metadata={"help": "Where to draw."})
+    results: str | None = field(
+        default=None, metadata={"help": "Measure nothing: tables and picture of the samples in this file."}
+    )
 
     def __post_init__(self):
         check_counts(self, "repeats", "threads")
-        check_file("output", self.output)
+        check_file("plot", self.plot, PICTURES)
+        if self.results is None:
+            check_file("output", self.output)
+            if self.full and self.device == "cpu":
+                raise ValueError("`device` must be an accelerator with `full`, but got 'cpu': that would take days.")
+            return
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("plot", "results") and value != item.default:
+                raise ValueError(f"`{item.name}` must be left out with `results`, but got {value!r}.")
 
 
-@dataclass(frozen=True)
-class DecodeSetting:
-    """One decode measurement: rows, models, those whose bare matrix products are timed too, and the kind of batch."""
-
-    batch: int
-    models: tuple[str, ...]
-    floored: tuple[str, ...] = ()
-    ragged: bool = False
-    compiled: bool = False
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is measured at one size of models."""
-
-    size: ModelSize
-    dtype: str
-    prefill_lengths: tuple[int, ...]
-    training_lengths: tuple[int, ...]
-    context: int
-    decode: tuple[DecodeSetting, ...]
-
-
-EVERY = tuple(MODELS)
-TIMED = tuple(name for name, model in MODELS.items() if not model.zero_offsets)
-SMALL = (
-    Grid(
-        size=ModelSize(width=512, layers=12, vocabulary=4096, longest=2048),
-        dtype="float32",
-        prefill_lengths=(512, 1024, 2048),
-        training_lengths=(512, 2048),
-        context=512,
-        decode=(
-            DecodeSetting(1, EVERY, FLOORED),
-            DecodeSetting(8, EVERY, FLOORED),
-            DecodeSetting(8, FLOORED, FLOORED, ragged=True),
-        ),
-    ),
-    Grid(
-        size=ModelSize(width=1024, layers=12, vocabulary=4096, longest=2048),
-        dtype="float32",
-        prefill_lengths=(),
-        training_lengths=(),
-        context=512,
-        decode=(DecodeSetting(1, FLOORED, FLOORED), DecodeSetting(8, FLOORED, FLOORED, ragged=True)),
-    ),
-)
-FULL = tuple(
-    Grid(
-        size=ModelSize(width=width, layers=layers, vocabulary=50304, longest=4096),
-        dtype="bfloat16",
-        prefill_lengths=(512, 2048, 4096),
-        training_lengths=(512, 4096),
-        context=512,
-        decode=(
-            *(DecodeSetting(batch, EVERY, FLOORED) for batch in (1, 8, 32)),
-            *(DecodeSetting(batch, EVERY, compiled=True) for batch in (1, 8, 32)),
-            *(DecodeSetting(batch, FLOORED, FLOORED, ragged=True) for batch in (8, 32)),
-        ),
-    )
-    for width, layers in ((768, 12), (1024, 24))
-)
-
-
-@dataclass
-class Cell:
-    """One thing to time again and again, and what it took: `work` gives seconds, or those of every decode step."""
-
-    key: dict
-    work: object
-    samples: list = field(default_factory=list)
-
-    def run(self, device: torch.device) -> None:
-        """One sample."""
-        timed_inside = isinstance(self.work, (Decode, Floor))
-        self.samples.append(self.work() if timed_inside else seconds(self.work, device))
-
-
-def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
-    """Everything that the grid measures, models side by side within each measurement."""
-    cells = []
-    names = [name for name in TIMED if name in models]
-    for workload, lengths in ((Prefill, grid.prefill_lengths), (TrainingStep, grid.training_lengths)):
-        label = "prefill" if workload is Prefill else "training"
-        cells += [
-            Cell({"workload": label, "model": name, "length": length}, workload(models[name], 1, length))
-            for length in lengths
-            for name in names
-        ]
-    for setting in grid.decode:
-        padding = [PADDING[row % len(PADDING)] for row in range(setting.batch)] if setting.ragged else None
-        for name in setting.models:
-            key = {"model": name, "batch": setting.batch, "ragged": setting.ragged, "compiled": setting.compiled}
-            decode = Decode(models[name], setting.batch, grid.context, padding, setting.compiled)
-            cells.append(Cell({"workload": "decode", **key}, decode))
-            if name in setting.floored:
-                floor = Floor(models[name], setting.batch, grid.context, padding)
-                cells.append(Cell({"workload": "bare products", **key}, floor))
-    return cells
-
-
-def count(grid: Grid, model: BenchmarkModel) -> dict:
-    """What needs no clock, on the meta device: FLOPs, and bytes of weights and cache that decoding touches."""
-    meta = model.build(grid.size, torch.device("meta"), getattr(torch, grid.dtype))
-    lengths = sorted({*grid.prefill_lengths, *grid.training_lengths})
-    # Attention is switched to eager by the count of FLOPs: it comes last.
-    counts = {
-        "layer_equivalents": model.layer_equivalents(grid.size.layers),
-        "parameters": sum(parameter.numel() for parameter in meta.parameters()),
-        "step_weight_bytes": step_weight_bytes(meta, grid.context),
-        "cache_bytes": {length: held_bytes(meta, length) for length in (grid.context, grid.size.longest)},
-    }
-    return counts | {"flops": {length: count_flops(meta, length) for length in lengths}}
-
-
-def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
-    """All samples and counts of one size of models."""
-    used = {name for setting in grid.decode for name in setting.models}
-    if grid.prefill_lengths or grid.training_lengths:
-        used |= set(TIMED)
-    contenders = {name: model for name, model in MODELS.items() if name in used}
-    counts = {name: count(grid, model) for name, model in tqdm(contenders.items(), desc="counting")}
-    dtype = getattr(torch, grid.dtype)
-    models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}
-    cells = make_cells(grid, models)
-    for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
-        cell.run(device)
-        cell.samples.clear()
-    with tqdm(total=repeats * len(cells), desc=f"timing, width {grid.size.width}") as progress:
-        for _ in range(repeats):
-            for cell in cells:
-                cell.run(device)
-                progress.update()
-    longest = max(grid.training_lengths, default=0)
-    steps = [cell for cell in cells if cell.key["workload"] == "training" and cell.key["length"] == longest]
-    peaks = {cell.key["model"]: training_peak_bytes(cell.work) for cell in tqdm(steps, desc="peak memory")}
-    samples = [{**cell.key, "seconds": cell.samples} for cell in cells]
-    return {"grid": asdict(grid), "counts": counts, "training_peak_bytes": peaks, "samples": samples}
-
-
-def current_commit() -> str:
-    """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
-def load() -> tuple[float, ...] | None:
-    """Processes that wait for a core, the mean over 1, 5 and 15 minutes; None where the system does not count them."""
-    return os.getloadavg() if hasattr(os, "getloadavg") else None  # Windows does not
-
-
-def machine(device: torch.device) -> dict:
-    """What the figures were measured on and with."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": load(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": current_commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def run(grids: tuple[Grid, ...], arguments: BenchmarkArguments) -> dict:
-    """Measures, writes the JSON, and returns what it holds."""
-    torch.set_num_threads(arguments.threads or os.cpu_count())
-    torch.manual_seed(0)
-    device, started = torch.device(arguments.device), time.time()
-    results = {"machine": machine(device), "repeats": arguments.repeats}
-    results["grids"] = [measure_grid(grid, device, arguments.repeats) for grid in grids]
-    results |= {"load_at_end": load(), "minutes": (time.time() - started) / 60}
-    write_json(arguments.output, results)
-    print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")
-    return results
-
-
-def main() -> None:
-    (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
-    if arguments.full and arguments.device == "cpu":
-        raise ValueError("`device` must be an accelerator with `full`, but got 'cpu': the full grid would take days.")
-    run(FULL if arguments.full else SMALL, arguments)
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
+    if arguments.results is None:
+        grids = FULL if arguments.full else SMALL
+        results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
+        write_json(arguments.output, results)
+        print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")
+    # As the file holds them: JSON makes text of numbers that are keys.
+    results = json.loads(read_text("results", arguments.results or arguments.output))
+    print(report(results))
+    draw(results, arguments.plot)
+    print(f"\npicture: {arguments.plot}")
 
 
 if __name__ == "__main__":

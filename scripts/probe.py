@@ -6,17 +6,13 @@
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from checkpoints import load_config, load_model, load_tokenizer
-from files import check_folder, is_finite, read_text, write_json
-from plot_probes import PICTURE_FILES, draw, report
-from probes import check_length, check_looped, collect, cut_text
-from training_arguments import check_counts
 from transformers import HfArgumentParser
 
-LARGEST_DEFAULT_LENGTH = 1024
+from workshop.files import check_folder, is_finite, write_json
+from workshop.probes.measures import probe
+from workshop.probes.pictures import PICTURE_FILES, draw, report
+from workshop.settings import check_counts
 
 
 @dataclass
@@ -39,36 +35,12 @@ class ProbeArguments:
         check_counts(self, "sequences", "batch_size")
 
 
-def probe(arguments: ProbeArguments) -> dict:
-    """What was asked and what `collect` found, for the model and its control, on the same text."""
-    paths = {"model": arguments.model, "control": arguments.control}
-    configs = {role: load_config(path, field=role) for role, path in paths.items() if path is not None}
-    for config in configs.values():
-        check_looped(config)
-    length = arguments.length
-    if length is None:
-        length = min(LARGEST_DEFAULT_LENGTH, *(config.max_position_embeddings for config in configs.values()))
-    for config in configs.values():  # before one of them takes its time and the other is refused
-        check_length(config, length)
-    text = read_text("text", arguments.text)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    results = {"text": Path(arguments.text).name, "sequences": arguments.sequences, "length": length, "models": {}}
-    for role, config in configs.items():
-        tokenizer = load_tokenizer(paths[role], config, field=role)
-        sequences = cut_text(text, tokenizer, arguments.sequences, length)
-        model = load_model(paths[role], config).to(device)
-        results["models"][role] = {
-            "checkpoint": Path(paths[role]).name,
-            **collect(model, sequences, arguments.batch_size),
-        }
-    return results
-
-
 def main(argv: list[str] | None = None) -> dict:
     """Probes what the command line names, prints the table, and writes figures, table and pictures."""
     (arguments,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(argv)
     folder = check_folder("output_dir", arguments.output_dir, ("probes.json", "probes.md", *PICTURE_FILES))
-    results = probe(arguments)
+    checkpoints = {"model": arguments.model, "control": arguments.control}
+    results = probe(checkpoints, arguments.text, arguments.sequences, arguments.length, arguments.batch_size)
     table = report(results)
     print(table)
     write_json(folder / "probes.json", results)

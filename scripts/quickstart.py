@@ -10,16 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import matplotlib
-import train
-from files import check_folder, write_json
-from training_arguments import ROOT, check_counts
 from transformers import HfArgumentParser, set_seed
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen first
+from workshop.files import ROOT, check_folder, write_json
+from workshop.plotting import draw_losses
+from workshop.settings import check_counts
+from workshop.training import run as train
+from workshop.training_arguments import parse_arguments
 
 
 @dataclass
@@ -39,8 +37,9 @@ class QuickstartArguments:
 
 def generate_code(model_dir: str, prompt: str) -> str:
     """Loads a saved model by the Auto classes and continues a prompt through the text-generation pipeline."""
-    from checkpoints import load_config, load_model, load_tokenizer
     from transformers import pipeline
+
+    from workshop.checkpoints import load_config, load_model, load_tokenizer
 
     config = load_config(model_dir, field="generate_from")
     model, tokenizer = load_model(model_dir, config), load_tokenizer(model_dir, config, field="generate_from")
@@ -50,23 +49,11 @@ def generate_code(model_dir: str, prompt: str) -> str:
     return text["generated_text"]
 
 
-def draw_loss(history: list[dict], path: Path) -> None:
-    """The training loss over optimiser steps, and the evaluations, as a PNG."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out files", "o")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def run(arguments: QuickstartArguments) -> dict:
     """Trains, evaluates, saves, reloads in a fresh process, generates and draws; returns what it prints."""
     started = time.time()
     output = check_folder("output_dir", arguments.output_dir, ("loss.png", "quickstart.json"))
-    trainer = train.main(
+    settings = parse_arguments(
         [
             *("--output_dir", str(output), "--max_steps", str(arguments.max_steps), "--block_size", "128"),
             *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "16"),
@@ -74,8 +61,9 @@ def run(arguments: QuickstartArguments) -> dict:
             *("--logging_steps", str(max(1, arguments.max_steps // 30)), "--dataloader_pin_memory", "False"),
         ]
     )
+    trainer = train(*settings)
     history = trainer.state.log_history
-    draw_loss(history, output / "loss.png")
+    draw_losses(history, output / "loss.png")
     command = [sys.executable, __file__, "--generate_from", str(output), "--prompt", arguments.prompt]
     generated = subprocess.run(
         command, stdout=subprocess.PIPE, check=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"}

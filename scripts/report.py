@@ -9,15 +9,15 @@ nothing, and fails with the names of the Markdown files that are not what the li
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment_plan import load_experiment
-from experiment_store import read_lines
-from files import check_folder, check_text_file
-from report_molecules import molecules_report
-from report_plots import Picture, pictures, scaling_picture
-from report_results import ExperimentResults
-from report_tables import report
-from training_arguments import ROOT
 from transformers import HfArgumentParser
+
+from workshop.experiments.molecules_report import molecules_report
+from workshop.experiments.pictures import Picture, pictures, scaling_picture
+from workshop.experiments.plan import load_experiment
+from workshop.experiments.report import report
+from workshop.experiments.results import ExperimentResults
+from workshop.experiments.store import read_lines
+from workshop.files import ROOT, check_folder, check_text_file
 
 
 @dataclass

@@ -8,11 +8,11 @@ alone, also with --trust-remote-code. So this file imports the package, puts the
 
 import sys
 
-from checkpoints import check_loaded
 from transformers.cli.serving import model_manager
 from transformers.cli.transformers import app
 
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.checkpoints import check_loaded
 
 
 class ServedModel(SpiralFormerForCausalLM):

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-from experiment_store import losses
 from support import small_config
 
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.experiments.store import losses
 
 SPIRAL_B, SPIRAL_L, LOOPED = [8, 4, 2, 1], [16, 8, 4, 2], [1, 1]
 PLAIN = {"num_prelude_layers": 12, "num_core_layers": 0, "num_coda_layers": 0, "chunk_sizes": [], "topology": "anchor"}

@@ -13,12 +13,12 @@ import torch
 from documents import ROOT, blocks
 from hub_snapshot import same, snapshot
 from huggingface_hub import HfApi
-from model_card import CardTrainer
 from support import large_weights, random_ids, small_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import modeling_spiralformer as package
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
+from workshop.model_card import CardTrainer
 
 FOLDER = Path(sys.argv[1])
 API = HfApi()

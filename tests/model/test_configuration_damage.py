@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import load_config
 from huggingface_hub.errors import StrictDataclassError
 from support import small_config
 from transformers import AutoConfig, GenerationConfig, GPTNeoXConfig, LlamaConfig
@@ -15,6 +14,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.checkpoints import load_config
 
 LIBRARY = logging.get_logger("transformers")
 # No field at its default, so that none that falls back to it looks unharmed.

@@ -8,19 +8,16 @@ from pathlib import Path
 import distributed_runs
 import pytest
 import torch
-import train
 from distributed_runs import STEPS, in_processes
 from documents import ROOT, commands, run
 from safetensors.torch import load_file
 from support import large_weights, random_ids, small_config, small_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import train
 from modeling_spiralformer import SpiralFormerForCausalLM
 
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPTNeoXLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
-}
+FSDP = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 OWN_CORES = {"share_core": False}
 # Name of a run -> its model and what it does otherwise. Each is compared with the plain run of the same model.
 RUNS = {

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import small_config
-from train_tokenizer import save_tokenizer, train_tokenizer
 from transformers import AutoTokenizer
 
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.tokenizers import save_tokenizer, train_tokenizer
 
 TOKENIZER = AutoTokenizer.from_pretrained("tokenization")
 

@@ -2,9 +2,11 @@
 
 import re
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 from documents import ROOT, commands, run
+from imports import imports_of
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 # Examples with a test of their own: the module that runs them, and the page whose commands it runs.
@@ -31,6 +33,17 @@ def test_an_example_that_is_not_run_here_is_named_by_its_module(name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_what_it_shows(name):
     assert re.match(r'""".+\n', (ROOT / "examples" / name).read_text())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_can_be_copied(name):
+    """It needs installed packages and this one, and nothing beside it in the checkout."""
+    path = ROOT / "examples" / name
+    known = {*sys.stdlib_module_names, *packages_distributions(), "modeling_spiralformer"}
+    found = {item.package for item in imports_of(path)}
+    assert "modeling_spiralformer" in found and found <= known and "sys.path" not in path.read_text()
+    beside = {file.stem for folder in ("scripts", "examples") for file in (ROOT / folder).iterdir()}
+    assert not found & beside
 
 
 @pytest.fixture(scope="module")

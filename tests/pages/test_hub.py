@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
-import push
 import pytest
 import torch
 import torch.distributed.fsdp  # the library looks up the file of a class
 from documents import ROOT, commands, run
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import HfApi, ModelCard
-from model_card import make_card
 from support import large_weights, random_ids, small_config, small_model
 from transformers import (
     AutoConfig,
@@ -29,6 +27,10 @@ from transformers import (
 
 import modeling_spiralformer as package
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
+from push import PushArguments
+from workshop import hub as hub_module
+from workshop.hub import push
+from workshop.model_card import make_card
 
 CODE = {path.name for path in (ROOT / "modeling_spiralformer").glob("*_spiralformer.py")}
 
@@ -82,9 +84,9 @@ def test_pull_without_the_package(pushed, hub, tmp_path):
     files = {}
     for name, content in hub.files("me/lm", "v1").items():
         if name in CODE:  # a version of the code that works the same, and not together with this one
-            content = content.replace(b".attend(", b".get_ready(").replace(b"def attend(", b"def get_ready(")
+            content = content.replace(b".bind(", b".get_ready(").replace(b"def bind(", b"def get_ready(")
         files[name] = hub.keep(content)
-    assert sum(hub.files("me/lm", "v1")[name].count(b"def attend(") for name in CODE) > 0
+    assert sum(hub.files("me/lm", "v1")[name].count(b"def bind(") for name in CODE) > 0
     other.branches["main"] = other.add_commit(files)
     hub.repositories["me/other-code"] = other
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "hub_pull.py"), str(pushed)]
@@ -221,17 +223,17 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
-def arguments(checkpoint: Path, repo_id: str, *more: str) -> push.PushArguments:
+def arguments(checkpoint: Path, repo_id: str, *more: str) -> dict:
     words = ["--checkpoint", str(checkpoint), "--repo_id", repo_id, *more]
-    return HfArgumentParser(push.PushArguments).parse_args_into_dataclasses(words)[0]
+    return vars(HfArgumentParser(PushArguments).parse_args_into_dataclasses(words)[0])
 
 
 @pytest.mark.processes
 def test_every_option_of_the_script(checkpoint, hub, monkeypatch):
-    monkeypatch.setattr(push, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
+    monkeypatch.setattr(hub_module, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     said = {"license": "mit", "language": "en", "dataset": "me/texts", "training_data": "Old letters."}
-    push.push(arguments(checkpoint, "me/s", "--private", *(f"--{name}={value}" for name, value in said.items())))
+    push(**arguments(checkpoint, "me/s", "--private", *(f"--{name}={value}" for name, value in said.items())))
     files, repository = hub.files("me/s"), hub.repositories["me/s"]
     assert repository.private and files.keys() > CODE and b"BF16" in files["model.safetensors"][:10000]
     card = ModelCard(files["README.md"].decode())
@@ -239,26 +241,26 @@ def test_every_option_of_the_script(checkpoint, hub, monkeypatch):
     assert "Old letters." in card.content and "| Loss | 2.5 |" in card.content and "Runtime" not in card.content
 
     # Weights in several files in place of one: the one that was there would be the one that loads.
-    commit = push.push(arguments(checkpoint, "me/s", "--max_shard_size=60KB", "--commit_message=In shards"))
+    commit = push(**arguments(checkpoint, "me/s", "--max_shard_size=60KB", "--commit_message=In shards"))
     files = hub.files("me/s")
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     assert repository.messages[commit.oid] == "In shards"
 
-    push.push(arguments(checkpoint, "me/s", "--revision=other"))
+    push(**arguments(checkpoint, "me/s", "--revision=other"))
     assert "model.safetensors" in hub.files("me/s", "other") and "model.safetensors" not in hub.files("me/s")
 
     (checkpoint / "README.md").write_text("---\nlicense: mit\n---\nMy card.\n")
-    push.push(arguments(checkpoint, "me/s", "--license=apache-2.0"))
+    push(**arguments(checkpoint, "me/s", "--license=apache-2.0"))
     assert hub.files("me/s")["README.md"].decode() == "---\nlicense: apache-2.0\n---\nMy card.\n"
     with pytest.raises(ValueError, match="`training_data` must be left out"):
-        push.push(arguments(checkpoint, "me/s", "--training_data=x"))
+        push(**arguments(checkpoint, "me/s", "--training_data=x"))
 
 
 def test_what_cannot_be_pushed_is_refused(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["Another"]}))
     with pytest.raises(ValueError, match="`architectures` of .* must be one of .* got .*Another"):
-        push.load_checkpoint(str(checkpoint))
+        hub_module.load_checkpoint(str(checkpoint))
     (checkpoint / "config.json").write_text(json.dumps(config | {"num_coda_layers": 2}))
     with pytest.raises(ValueError, match="lacks"):
-        push.load_checkpoint(str(checkpoint))
+        hub_module.load_checkpoint(str(checkpoint))

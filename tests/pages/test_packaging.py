@@ -16,7 +16,8 @@ from shutil import copyfile
 from unittest.mock import patch
 
 import pytest
-from documents import MAKEFILE, OLDEST, ROOT, blocks, offline, run
+from documents import MAKEFILE, OLDEST, ROOT, blocks, offline
+from imports import imports_of
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -143,11 +144,63 @@ def test_every_command_starts_with_the_extra_for_training():
     assert commands_that_do_not_start(requirements("train")) == {}
 
 
-def test_counting_and_naming_the_machine_draw_nothing():
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from benchmark import machine; from matching import count_costs"
-    )
-    run([sys.executable, "-c", code], ROOT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
+def test_no_command_has_the_name_of_a_library():
+    """`scripts/` comes first on the path of a command: what is there hides whatever else has its name."""
+    names = {path.stem for path in (ROOT / "scripts").iterdir()}
+    assert {"evaluate_model", "workshop"} <= names
+    assert not names & (set(packages_distributions()) | sys.stdlib_module_names)
+
+
+# Packages that a command imports only where its work needs them, and the extra that README names for them.
+ON_DEMAND = {"lm_eval": "eval", "rdkit": "molecules"}
+
+
+def third_party(command: Path) -> dict[str, bool]:
+    """Package -> whether it is imported in functions alone, of a command and what it imports of this project."""
+    roots = {"workshop": ROOT / "scripts", "modeling_spiralformer": ROOT}
+    found, seen, todo = {}, set(), [(command, command.parent)]
+    while todo:
+        path, root = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for item in imports_of(path, root):
+            if item.package in roots:
+                root_of_item = roots[item.package]
+                module = root_of_item / item.module.replace(".", "/")
+                files = (module.with_suffix(".py"), module / "__init__.py")
+                todo += [(file, root_of_item) for file in files if file.is_file()]
+            elif item.package not in sys.stdlib_module_names:
+                found[item.package] = found.get(item.package, True) and item.lazy
+    return found
+
+
+def shown_in_readme() -> set[str]:
+    """The commands that README names, those of its make targets among them."""
+    readme = (ROOT / "README.md").read_text()
+    recipes = dict(re.findall(r"^([\w-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE))
+    named = [recipes.get(target, "") for target in re.findall(r"\bmake ([\w-]+)", readme)]
+    return set(re.findall(r"scripts/(\w+\.py)", "\n".join([readme, *named])))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_command_imports_is_asked_for_by_name(name):
+    """Not by way of another package, which may drop it: in install_requires or in the extra for training."""
+    asked = {canonicalize_name(requirement.name) for requirement in requirements("train")}
+    homes = packages_distributions()
+    for package, on_demand in third_party(ROOT / "scripts" / name).items():
+        wanted = asked
+        if on_demand and package in ON_DEMAND:
+            wanted = {canonicalize_name(requirement.name) for requirement in requirements(ON_DEMAND[package])}
+        assert wanted & set(map(canonicalize_name, homes[package])), (name, package)
+
+
+def test_the_commands_of_the_readme_are_among_them():
+    shown = shown_in_readme()
+    assert {"train.py", "quickstart.py", "model_table.py", "benchmark.py", "report.py"} <= shown <= set(COMMANDS)
+    found = third_party(ROOT / "scripts" / "experiment.py")
+    assert {"torch", "datasets", "filelock", "pandas", "pyarrow"} <= set(found)
+    assert found["rdkit"] and not found["pandas"]
 
 
 # -- the wheel ----------------------------------------------------------------------------------------------------

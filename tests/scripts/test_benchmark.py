@@ -2,16 +2,18 @@
 
 import json
 
-import benchmark
-import plot_benchmark
 import pytest
 import torch
-from benchmark import EVERY, FLOORED, BenchmarkArguments, DecodeSetting, Grid
-from benchmark_models import DEEP, MODELS, PLAIN, ModelSize
-from benchmark_workloads import DECODE_STEPS, Decode, Floor, call_lengths, count_flops, decode_calls, peak_bytes
 from documents import ROOT
-from plot_benchmark import GridResults, Ratio
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+
+import benchmark
+from benchmark import BenchmarkArguments
+from workshop.benchmarks.measuring import EVERY, FLOORED, DecodeSetting, Grid, measure
+from workshop.benchmarks.models import DEEP, MODELS, PLAIN, ModelSize
+from workshop.benchmarks.results import GridResults, Ratio, report
+from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
+from workshop.costs import DECODE_STEPS, call_lengths, count_flops, decode_calls, layer_equivalents
 
 SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -33,19 +35,16 @@ def results(tmp_path_factory) -> dict:
             DecodeSetting(4, FLOORED, FLOORED, ragged=True),
         ),
     )
-    path, threads = tmp_path_factory.mktemp("benchmark") / "results.json", torch.get_num_threads()
-    benchmark.run((grid,), BenchmarkArguments(repeats=1, threads=1, output=str(path)))
+    threads = torch.get_num_threads()
+    found = measure((grid,), torch.device("cpu"), repeats=1, threads=1)
     torch.set_num_threads(threads)
-    return json.loads(path.read_text())
+    return json.loads(json.dumps(found))
 
 
 def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    monkeypatch.setattr(
-        "sys.argv", ["plot_benchmark.py", "--results", str(path), "--plot", str(tmp_path / "picture.png")]
-    )
-    plot_benchmark.main()
+    benchmark.main(["--results", str(path), "--plot", str(tmp_path / "picture.png")])
     printed = capsys.readouterr().out
     for title in (
         "Prefill",
@@ -63,7 +62,7 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
 
 def test_the_tables_of_the_docs_are_those_of_their_samples():
     committed = json.loads((ROOT / "docs" / "results" / "benchmark.json").read_text())
-    assert plot_benchmark.report(committed) == (ROOT / "docs" / "results" / "benchmark.md").read_text().strip()
+    assert report(committed) == (ROOT / "docs" / "results" / "benchmark.md").read_text().strip()
 
 
 def test_a_model_as_fast_as_its_counts_has_quotient_one(results):
@@ -102,7 +101,7 @@ def test_the_floor_runs_the_layer_calls_that_decoding_runs(name, padding):
     assert seen == [(call.layer, call.rows) for calls in steps for call in calls]
     assert len(Floor(model, len(padding or [0]), 48, padding)()) == DECODE_STEPS
     if padding is None:
-        assert len(seen) / DECODE_STEPS == MODELS[name].layer_equivalents(SIZE.layers)
+        assert len(seen) / DECODE_STEPS == layer_equivalents(model.config)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,7 +109,7 @@ def test_flops_are_those_of_the_layers(name):
     """Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward."""
     model, length, size = MODELS[name].build(SIZE, META, torch.float32), 96, SIZE.width
     flops = count_flops(model, length)
-    lengths = call_lengths(model, length)
+    lengths = call_lengths(model.config, length)
     layers = sum(24 * n * size**2 + 4 * n**2 * size for n in lengths)
     head = 2 * size * SIZE.vocabulary
     # What a looped model adds: routers, scorers and allocators, a few numbers wide.
@@ -170,6 +169,14 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         BenchmarkArguments(**options)
+
+
+@pytest.mark.parametrize("options", [{"repeats": 3}, {"device": "cuda"}, {"full": True}, {"output": "other.json"}])
+def test_what_nothing_is_measured_with_is_refused_beside_results(options, tmp_path):
+    plot = str(tmp_path / "picture.png")
+    assert BenchmarkArguments(results="samples.json", plot=plot).results == "samples.json"
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be left out with `results`"):
+        BenchmarkArguments(results="samples.json", plot=plot, **options)
 
 
 def test_the_full_grid_is_refused_on_a_cpu(monkeypatch):

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import torch
-from cache_memory import cache_bytes, equal_depth, formula_bytes
 from support import small_config
+
+from workshop.costs import cache_bytes, layer_equivalents, promised_bytes
+from workshop.memory import equal_depth
 
 
 def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_token():
@@ -19,7 +21,8 @@ def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_tok
         "iteration 3, 1/1",
         "coda",
     ]
-    assert abs(sum(held.values()) / formula_bytes(config, 2048, 2, 4) - 1) < 0.02
+    promised = 2 * 2048 * promised_bytes(layer_equivalents(config), config.hidden_size, itemsize=4)
+    assert abs(sum(held.values()) / promised - 1) < 0.02
     for other in equal_depth(config).values():
         assert other.num_hidden_layers == config.num_hidden_layers
         assert sum(cache_bytes(other, 2048, 2, torch.float32).values()) == 2 * 2048 * 2 * 16 * 4 * 10

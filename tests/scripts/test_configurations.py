@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import pytest
-from make_configurations import all_configs, published_config, to_json
-from model_table import format_table, measure, table_row
-from published import PUBLISHED_MODELS
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, configuration_folder
+from workshop.published import PUBLISHED_MODELS, all_configs, measure, published_config, table_row, to_json
 
 
 @pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.name)
@@ -15,7 +13,7 @@ def test_parameters_and_flops_of_table_1(model):
     measured = measure(published_config(model))
     assert round(measured.non_embedding / 1e6, 1) == pytest.approx(model.non_embedding, abs=1e-9)
     assert measured.flops / 1e12 == pytest.approx(model.teraflops, rel=0.015)
-    assert model.name in format_table([table_row(model, measured)], markdown=True)
+    assert table_row(model, measured)[0] == model.name
 
 
 def test_files_are_what_the_script_writes():

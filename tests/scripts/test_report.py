@@ -5,15 +5,17 @@ import math
 
 import numpy as np
 import pytest
-import report
-import report_plots
-import report_tables
 from experiment_lines import ABLATIONS, MAIN, RATIOS, MadeUpExperiment, make_line, make_lines
-from experiment_plan import load_experiment
-from experiment_store import read_lines
-from published import PERPLEXITIES
-from report_results import FIELDS, ExperimentResults
-from report_statistics import LOWER, NOISE, OPPOSITE, REPRODUCES
+
+import report
+from workshop.experiments import pictures as report_plots
+from workshop.experiments import report as report_tables
+from workshop.experiments.plan import load_experiment
+from workshop.experiments.results import FIELDS, ExperimentResults
+from workshop.experiments.statistics import LOWER, NOISE, OPPOSITE, REPRODUCES
+from workshop.experiments.store import read_lines
+from workshop.plotting import plt
+from workshop.published import PERPLEXITIES
 
 MAIN_BITS = {
     "gpt-neox": [2.130, 2.140, 2.135],
@@ -324,7 +326,7 @@ def figures(monkeypatch) -> dict:
     monkeypatch.setattr(report_plots, "save", lambda figure, path: drawn.setdefault(path, figure))
     yield drawn
     for figure in drawn.values():
-        report_plots.plt.close(figure)
+        plt.close(figure)
 
 
 def draw_all(experiments: list[tuple[MadeUpExperiment, list[dict]]]) -> None:

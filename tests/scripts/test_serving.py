@@ -13,7 +13,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import serve
 import torch
 import transformers
 from datasets import Dataset
@@ -35,6 +34,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import serve
 from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification, SpiralFormerModel
 
 PROMPTS = ["def read(path):", "x", "class Tree:\n    def __init__(self, left, right", "import os, sys", "é = 3"]

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
-from corpus import read_corpus, standard_library_root
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from training_arguments import parse_arguments
-from training_data import token_byte_lengths
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from workshop.checkpoints import load_config, parse_overrides
+from workshop.corpus import read_corpus, standard_library_root
+from workshop.data import token_byte_lengths
+from workshop.training_arguments import parse_arguments
 
 SMALL = "hidden_size=32,intermediate_size=64,num_attention_heads=2,num_prelude_layers=1,num_core_layers=1"
 TOKENIZER = AutoTokenizer.from_pretrained("tokenization")
@@ -123,7 +125,7 @@ def test_settings_from_one_file(suffix, text_file, tmp_path):
     path.write_text(json.dumps(settings))  # JSON is YAML
     model, data, training = parse_arguments([str(path)])
     assert (data.train_file, training.learning_rate) == (str(text_file), 0.001)
-    config = train.load_config(model.config_name, train.parse_overrides(model.config_overrides))
+    config = load_config(model.config_name, parse_overrides(model.config_overrides))
     assert config.chunk_sizes == [4, 2, 1] and config.topology == "anchor"
     path.write_text(json.dumps(settings | {"no_such_setting": 1}))
     with pytest.raises(ValueError, match="no_such_setting"):

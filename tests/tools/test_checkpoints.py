@@ -5,23 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_gpt_neox
-import evaluation
-import probe
-import push
 import pytest
-import quickstart
-import serve
 import torch
-import train
-from checkpoints import load_config, load_model, parse_overrides
 from documents import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import small_config, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
+import convert
+import evaluate_model
+import probe
+import quickstart
+import serve
+import train
 from modeling_spiralformer import SpiralFormerForTokenClassification, SpiralFormerModel
+from workshop.checkpoints import load_config, load_model, parse_overrides
+from workshop.hub import load_checkpoint
 
 CODA = "model.coda.0.mlp.dense_h_to_4h.weight"
 
@@ -158,7 +158,7 @@ def test_weights_are_pushed_and_converted_as_wide_as_they_were_saved(tmp_path, c
     folder = save(tmp_path / "checkpoint")
     edit_config(folder, dtype=claimed)
     saved = load_file(folder / "model.safetensors")
-    state = push.load_checkpoint(str(folder)).state_dict()
+    state = load_checkpoint(str(folder)).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in saved.items())
 
 
@@ -175,11 +175,11 @@ def probed(checkpoint: str, text: str, output: str) -> None:
 
 
 def evaluated(checkpoint: str, text: str, output: str) -> None:
-    evaluation.main(["--model_name_or_path", checkpoint, "--text_files", text, "--window", "32"])
+    evaluate_model.main(["--model_name_or_path", checkpoint, "--text_files", text, "--window", "32"])
 
 
 def converted(checkpoint: str, text: str, output: str) -> None:
-    convert_gpt_neox.main(convert_gpt_neox.ConversionArguments(checkpoint, output, to="gpt_neox"))
+    convert.main(convert.ConversionArguments(checkpoint, output, to="gpt_neox"))
 
 
 COMMANDS = {
@@ -187,7 +187,7 @@ COMMANDS = {
     "probe": probed,
     "evaluate": evaluated,
     "convert": converted,
-    "push": lambda checkpoint, text, output: push.load_checkpoint(checkpoint),
+    "push": lambda checkpoint, text, output: load_checkpoint(checkpoint),
     "quickstart": lambda checkpoint, text, output: quickstart.generate_code(checkpoint, "def"),
     "serve": lambda checkpoint, text, output: serve.ServedModel.from_pretrained(checkpoint),
 }
@@ -204,28 +204,23 @@ def test_no_command_drops_a_layer(name, checkpoint, text, tmp_path):
 def test_a_gpt_neox_source_keeps_all_of_its_layers(tmp_path):
     neox_source(tmp_path / "source")
     edit_config(tmp_path / "source", num_hidden_layers=3)
-    arguments = convert_gpt_neox.ConversionArguments(
+    arguments = convert.ConversionArguments(
         str(tmp_path / "source"), str(tmp_path / "out"), config_overrides="chunk_sizes=[]"
     )
     with pytest.raises(ValueError, match="gpt_neox.layers.3.attention.dense.bias"):
-        convert_gpt_neox.main(arguments)
+        convert.main(arguments)
 
 
 @pytest.mark.parametrize("example", ["finetune", "lora", "quantise", "uptrain"])
 @pytest.mark.processes
 def test_no_example_drops_a_layer(example, checkpoint, text, tmp_path):
-    output, lost, said = str(tmp_path / "out"), "model.coda.0.attention.dense.bias", "holds 12 weights"
-    if example == "uptrain":
-        neox_source(checkpoint)
-        edit_config(checkpoint, num_hidden_layers=3)
-        words, lost = [str(checkpoint), output], "gpt_neox.layers.3.attention.dense.bias"
-    else:
-        edit_config(checkpoint, num_coda_layers=0)
-        words = [str(checkpoint), output]
+    output, lost = str(tmp_path / "out"), "model.coda.0.attention.dense.bias"
+    edit_config(checkpoint, num_coda_layers=0)
+    words = [str(checkpoint), output]
     if example in ("finetune", "lora"):
-        words = ["--model", str(checkpoint), "--text", text, "--output_dir", output]
-        said = "--model must hold the weights of its configuration"
-    command = [sys.executable, f"examples/{example}.py", *words]
+        words = ["--model", str(checkpoint), "--output_dir", output]
+    said = "must hold the weights of its configuration"
+    command = [sys.executable, f"examples/{example}.py", *words, "--text", text]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert result.returncode != 0 and lost in result.stderr and said in result.stderr, result.stderr[-500:]
 

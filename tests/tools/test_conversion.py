@@ -5,20 +5,8 @@ import runpy
 import shlex
 import sys
 
-import compare_starts
 import pytest
 import torch
-from conversion import (
-    default_core_layers,
-    gpt_neox_config,
-    parse_core_layers,
-    spiral_config,
-    to_gpt_neox,
-    to_spiralformer,
-)
-from convert_gpt_neox import ConversionArguments, convert
-from convert_gpt_neox import main as convert_main
-from corpus import SPLITS, standard_library_root
 from datasets import Dataset
 from documents import ROOT, commands
 from huggingface_hub.errors import StrictDataclassError
@@ -35,7 +23,20 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import compare_starts
+from convert import ConversionArguments, convert
+from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop import starts
+from workshop.conversion import (
+    default_core_layers,
+    gpt_neox_config,
+    parse_core_layers,
+    spiral_config,
+    to_gpt_neox,
+    to_spiralformer,
+)
+from workshop.corpus import SPLITS, standard_library_root
 
 LAYERS = 5
 # No field of the source at its default, so that none can be lost unseen.
@@ -399,7 +400,7 @@ def library_text(names: list[str], path) -> str:
 
 def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
     (losses,) = compare_starts.main(
-        compare_starts.ComparisonArguments(
+        starts.ComparisonArguments(
             hidden_size=32,
             num_hidden_layers=6,
             config_overrides="num_prelude_layers=1,num_core_layers=2,num_coda_layers=1,chunk_sizes=[4,2,1]",
@@ -424,10 +425,10 @@ def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
 
 
 def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
-    arguments = compare_starts.ComparisonArguments(starts=["upside down"])
+    arguments = starts.ComparisonArguments(starts=["upside down"])
     source = neox_model(num_hidden_layers=8)
     options = {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 1, "chunk_sizes": [4, 1]}
-    makers = compare_starts.starts(source, options)
+    makers = starts.starts(source, options)
     cores = {name: make().model.core[1].mlp.dense_h_to_4h.weight for name, make in makers.items()}
     layers = [layer.mlp.dense_h_to_4h.weight for layer in source.gpt_neox.layers]
     assert torch.equal(cores["converted"], layers[3]) and torch.equal(cores["core from the first layers"], layers[2])
@@ -441,7 +442,7 @@ def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
     blocks = {split: Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}) for split in SPLITS}
     arguments.source_steps = 1
     with pytest.raises(ValueError, match="starts.*converted.*upside down"):
-        compare_starts.compare(arguments, 0, blocks, VOCAB)
+        starts.compare(arguments, 0, blocks, VOCAB)
 
 
 @pytest.fixture
@@ -458,7 +459,7 @@ def test_the_commands_of_the_page_run(workplace, tiny_pythia, monkeypatch, capsy
     lines = commands("docs/conversion.md")
     assert len(lines) >= 5
     short = {
-        "examples/uptrain.py": ["--max_steps", "2", "--block_size", "32", "--train_file", "text.txt"],
+        "examples/uptrain.py": ["--max_steps", "2", "--block_size", "32"],
         "scripts/train.py": ["--max_steps", "2", "--train_file", "text.txt", "--report_to", "none"],
         "scripts/compare_starts.py": [
             *(

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import evaluate
-import evaluation
 import numpy as np
 import pytest
 import torch
@@ -20,10 +19,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from support import small_config, small_model
-from training_data import token_byte_lengths
 from transformers import AutoTokenizer
 
+import evaluate_model
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.data import token_byte_lengths
+from workshop.evaluation import choose_window
 
 METRIC = str(ROOT / "scripts" / "metrics" / "sliding_window_perplexity")
 TEXTS = ["def add(a, b):\n    return a + b\n\nclass Tree:\n    pass", "é", "# <|eos|> is no token here\nimport os"]
@@ -195,27 +196,6 @@ def test_the_metric_loads_without_a_network(monkeypatch):
     assert evaluate.load(METRIC).name == "sliding_window_perplexity"
 
 
-# -- scripts/evaluate.py has the name of a library --------------------------------------------------------------------
-
-
-def test_the_scripts_come_first_on_the_path_and_the_library_is_still_imported():
-    from evaluate.utils.file_utils import add_start_docstrings
-
-    library = Path(evaluate.__file__).parent
-    assert sys.path.index(str(ROOT / "scripts")) < sys.path.index(str(library.parent))
-    assert library.name == "evaluate" and evaluate.__spec__.submodule_search_locations == [str(library)]
-    assert sys.modules["evaluate"] is evaluate and add_start_docstrings.__module__ == "evaluate.utils.file_utils"
-
-
-def test_without_the_library_its_import_fails_as_ever():
-    code = (
-        "import sys; sys.path.insert(0, 'scripts')\ntry:\n    import evaluate\nexcept ModuleNotFoundError as error:\n"
-    )
-    code += "    print(error, error.name)"
-    bare = [sys.executable, "-I", "-S", "-c", code]
-    assert run(bare, ROOT).strip() == "No module named 'evaluate' evaluate"
-
-
 # -- lm-evaluation-harness --------------------------------------------------------------------------------------------
 
 
@@ -355,7 +335,7 @@ def files(tmp_path) -> list[str]:
 
 
 def evaluate_files(checkpoint, *options: str) -> dict:
-    return evaluation.main(["--model_name_or_path", str(checkpoint), *options])
+    return evaluate_model.main(["--model_name_or_path", str(checkpoint), *options])
 
 
 def test_the_table_and_the_json_file_hold_the_figures(checkpoint, lambada, tokenizer, files, tmp_path, capsys):
@@ -391,7 +371,7 @@ def test_limit_takes_the_first_documents_and_passages(checkpoint, lambada, files
 
 
 def test_the_default_window_is_what_the_model_claims(checkpoint, files, metric):
-    assert evaluation.choose_window(None, 128) == 128 and evaluation.choose_window(None, 4096) == 1024
+    assert choose_window(None, 128) == 128 and choose_window(None, 4096) == 1024
     given = ("--text_files", files[0], "--window", "128", "--stride", "64", "--batch_size", "8")
     assert evaluate_files(checkpoint, *given) == evaluate_files(checkpoint, "--text_files", files[0])
 
@@ -441,7 +421,7 @@ def prepared(workplace, checkpoint, lambada) -> Path:
 
 def test_the_script_runs_as_the_page_says(prepared):
     words = shlex.split(SCRIPT)
-    assert words[:2] == ["python", "scripts/evaluate.py"]
+    assert words[:2] == ["python", "scripts/evaluate_model.py"]
     printed = run([sys.executable, *words[1:]], prepared)
     assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["data", "text.txt", "LAMBADA"]
     assert json.loads((prepared / "figures.json").read_text())["text.txt"]["bits_per_byte"] > 0

@@ -6,20 +6,22 @@ import sys
 import time
 from pathlib import Path
 
-import experiment_plan
 import pytest
 import torch
 import yaml
 from documents import commands
-from experiment import Runner, held, main
-from experiment_plan import Experiment, Run, config_fields, load_experiment
-from experiment_run import last_whole_checkpoint, train_run, training_arguments
-from experiment_store import append_line, drop_torn_line, read_lines
-from matching import count_costs, count_parameters, match_parameters, match_steps, meta_model, parameters_per_unit
-from train_tokenizer import save_tokenizer, train_tokenizer
 from transformers import AutoModelForCausalLM
 
+from experiment import main
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.costs import count_costs, count_parameters, meta_model
+from workshop.experiments import plan as experiment_plan
+from workshop.experiments.matching import match_parameters, match_steps, parameters_per_unit
+from workshop.experiments.plan import Experiment, Run, config_fields, load_experiment
+from workshop.experiments.run import last_whole_checkpoint, train_run, training_arguments
+from workshop.experiments.runner import Runner, held
+from workshop.experiments.store import append_line, drop_torn_line, read_lines
+from workshop.tokenizers import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))

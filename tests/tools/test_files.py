@@ -8,31 +8,34 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+from documents import ROOT, run
+from support import small_model
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
 import benchmark
 import cache_memory
-import compare_starts
-import convert_gpt_neox
+import convert
 import draw_figures
-import evaluation
+import evaluate_model
 import experiment
 import make_configurations
-import plot_benchmark
 import probe
-import push
-import pytest
 import quickstart
 import report
-import torch
 import train
 import train_smiles_tokenizer
 import train_tokenizer
-from documents import ROOT, run
-from files import check_file, finite, is_finite, write_json
-from model_card import make_card
-from support import small_model
-from training_arguments import DataArguments
-from training_data import load_file, make_blocks
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from workshop import training
+from workshop.data import load_file, make_blocks
+from workshop.files import check_file, finite, is_finite, write_json
+from workshop.hub import read_evaluation
+from workshop.model_card import make_card
+from workshop.probes import measures
+from workshop.provenance import machine
+from workshop.starts import ComparisonArguments
+from workshop.training_arguments import DataArguments
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
 
@@ -44,12 +47,14 @@ PLAN = str(ROOT / "scripts" / "experiments" / "ablations.yaml")
 FILES = {
     "evaluate": (
         "output_file",
-        (evaluation, "load"),
-        lambda path: evaluation.main(["--model_name_or_path", "x", "--text_files", "y.txt", "--output_file", path]),
+        (evaluate_model, "load"),
+        lambda path: evaluate_model.main(
+            ["--model_name_or_path", "x", "--text_files", "y.txt", "--output_file", path]
+        ),
     ),
-    "benchmark": ("output", (benchmark, "run"), lambda path: benchmark.BenchmarkArguments(output=path)),
+    "benchmark": ("output", (benchmark, "measure"), lambda path: benchmark.main(["--output", path])),
     "cache_memory": ("plot", (cache_memory, "draw"), lambda path: cache_memory.MemoryArguments("x", plot=path)),
-    "plot_benchmark": ("plot", (plot_benchmark, "draw"), lambda path: plot_benchmark.PlotArguments(plot=path)),
+    "picture of the benchmark": ("plot", (benchmark, "measure"), lambda path: benchmark.BenchmarkArguments(plot=path)),
     "experiment": (
         "lines",
         (experiment, "Runner"),
@@ -59,7 +64,7 @@ FILES = {
 FOLDERS = {
     "train": (
         "output_dir",
-        (train, "build_model"),
+        (training, "build_model"),
         lambda path: train.main(["--output_dir", path, "--max_steps", "1", "--report_to", "none"]),
     ),
     "probe": (
@@ -69,8 +74,8 @@ FOLDERS = {
     ),
     "convert": (
         "output_dir",
-        (convert_gpt_neox, "load_source"),
-        lambda path: convert_gpt_neox.main(convert_gpt_neox.ConversionArguments("x", path)),
+        (convert, "load_source"),
+        lambda path: convert.main(convert.ConversionArguments("x", path)),
     ),
     "draw_figures": (
         "output_dir",
@@ -92,7 +97,7 @@ FOLDERS = {
     ),
     "quickstart": (
         "output_dir",
-        (train, "build_model"),
+        (training, "build_model"),
         lambda path: quickstart.run(quickstart.QuickstartArguments(output_dir=path)),
     ),
     "report": (
@@ -153,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(name, tmp_pa
     assert (tmp_path / "file").read_text("utf-8") == "kept"
 
 
-@pytest.mark.parametrize("name", ["cache_memory", "plot_benchmark"])
+@pytest.mark.parametrize("name", ["cache_memory", "picture of the benchmark"])
 def test_a_picture_has_an_ending_that_says_what_it_is(name, tmp_path, monkeypatch):
     for path in (tmp_path / "picture", tmp_path / "picture.xyz"):
         refused(*FILES[name], path, monkeypatch)
@@ -169,10 +174,10 @@ def test_an_output_that_is_there_stays_as_it_is_until_it_is_written(tmp_path):
 
 
 def test_a_conversion_does_not_write_over_its_source(tmp_path):
-    arguments = convert_gpt_neox.ConversionArguments(str(tmp_path / "a" / ".."), str(tmp_path))
+    arguments = convert.ConversionArguments(str(tmp_path / "a" / ".."), str(tmp_path))
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match="`output_dir` must be another folder than that of the source"):
-        convert_gpt_neox.main(arguments)
+        convert.main(arguments)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def diverged(tmp_path) -> Path:
 def test_a_model_that_diverged_is_evaluated_and_probed(diverged, tmp_path, capsys):
     text, output = str(tmp_path / "text.txt"), tmp_path / "figures.json"
     words = ["--model_name_or_path", str(diverged), "--text_files", text, "--window", "32"]
-    evaluation.main([*words, "--output_file", str(output)])
+    evaluate_model.main([*words, "--output_file", str(output)])
     assert strict(output.read_text("utf-8"))[text]["perplexity"] is None and "nan" in capsys.readouterr().out
     # The final norm comes after everything that is probed.
     for layer in ("core.0.attention.query_key_value", "norm"):
@@ -260,7 +265,7 @@ def test_a_text_that_has_changed_is_read_again(tmp_path):
 def test_the_bytes_of_an_evaluation_are_those_of_the_file(diverged, tmp_path):
     (tmp_path / "crlf.txt").write_bytes(b"def f(x):\r\n    return x\r\n" * 20)
     words = ["--model_name_or_path", str(diverged), "--window", "32", "--text_files", str(tmp_path / "crlf.txt")]
-    assert evaluation.main(words)[str(tmp_path / "crlf.txt")]["bytes"] == (tmp_path / "crlf.txt").stat().st_size
+    assert evaluate_model.main(words)[str(tmp_path / "crlf.txt")]["bytes"] == (tmp_path / "crlf.txt").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -300,7 +305,7 @@ def test_text_that_cannot_be_used_is_refused_by_file_and_row(name, content, mess
 def test_an_evaluation_on_nothing_but_empty_documents_is_refused_before_the_training(tmp_path, monkeypatch):
     lines = [json.dumps({"text": "def f(): pass\n" * 40})] * 3 + ['{"text": ""}'] * 400
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(train, "run_training", no_work)
+    monkeypatch.setattr(training, "run_training", no_work)
     with pytest.raises(ValueError, match="`validation_file` must give blocks with text"):
         train.main(
             ["--train_file", str(tmp_path / "t.jsonl"), "--block_size", "32", "--output_dir", str(tmp_path / "o")]
@@ -310,18 +315,18 @@ def test_an_evaluation_on_nothing_but_empty_documents_is_refused_before_the_trai
 
 def test_a_probe_reads_its_text_byte_for_byte(diverged, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(probe, "cut_text", lambda text, *args: seen.append(text) or no_work)
-    monkeypatch.setattr(probe, "collect", lambda *args: {})
+    monkeypatch.setattr(measures, "cut_text", lambda text, *args: seen.append(text) or no_work)
+    monkeypatch.setattr(measures, "collect", lambda *args: {})
     (tmp_path / "crlf.txt").write_bytes(b"a\r\nb")
-    arguments = probe.ProbeArguments(model=str(diverged), text=str(tmp_path / "crlf.txt"), length=32)
-    probe.probe(arguments)
+    asked = ({"model": str(diverged)}, str(tmp_path / "crlf.txt"), 32, 32, 4)
+    measures.probe(*asked)
     assert seen == ["a\r\nb"]
     (tmp_path / "crlf.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="`text` must be text in UTF-8, but '.*crlf.txt' is not"):
-        probe.probe(arguments)
+        measures.probe(*asked)
     (tmp_path / "crlf.txt").unlink()
     with pytest.raises(FileNotFoundError, match="`text` must be an existing file, but got '.*crlf.txt'"):
-        probe.probe(arguments)
+        measures.probe(*asked)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_a_probe_reads_its_text_byte_for_byte(diverged, tmp_path, monkeypatch):
 )
 def test_numbers_of_a_conversion_are_finite_and_in_range(options, message):
     with pytest.raises(ValueError, match=message):
-        convert_gpt_neox.ConversionArguments("source", "output", **options)
+        convert.ConversionArguments("source", "output", **options)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +355,7 @@ def test_numbers_of_a_conversion_are_finite_and_in_range(options, message):
 )
 def test_numbers_of_a_comparison_are_finite_and_in_range(options, message):
     with pytest.raises(ValueError, match=message):
-        compare_starts.ComparisonArguments(**options)
+        ComparisonArguments(**options)
 
 
 def test_the_memory_of_another_architecture_is_not_that_of_a_spiralformer(tmp_path, monkeypatch):
@@ -366,11 +371,11 @@ def test_a_router_bias_has_routers_to_start(tmp_path):
     GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=4)).save_pretrained(tmp_path / "source")
     split = "num_prelude_layers=1,num_core_layers=1,num_coda_layers=1"
     for options in (f"{split},topology=anchor", "chunk_sizes=[]"):
-        arguments = convert_gpt_neox.ConversionArguments(
+        arguments = convert.ConversionArguments(
             str(tmp_path / "source"), str(tmp_path / "out"), config_overrides=options, router_bias=3.0
         )
         with pytest.raises(ValueError, match="`router_bias` must be left out of a model without routers of MeSH"):
-            convert_gpt_neox.main(arguments)
+            convert.main(arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -388,7 +393,7 @@ def test_figures_that_are_not_finite_stand_in_a_card(tmp_path):
     (tmp_path / "eval_results.json").write_text(
         '{"eval_loss": null, "eval_bytes": 12, "epoch": 1.0}', encoding="utf-8"
     )
-    evaluation = push.read_evaluation(tmp_path)
+    evaluation = read_evaluation(tmp_path)
     assert evaluation == {"Loss": "not finite", "Bytes": 12}
     card = make_card(small_model(), "me/x", dataset="me/texts", evaluation=evaluation | {"Perplexity": math.nan})
     assert [result.metric_name for result in card.data.eval_results] == ["Bytes"]
@@ -443,6 +448,6 @@ def test_the_examples_read_utf8_where_the_platform_has_ascii(example, tmp_path):
 def test_the_runner_and_the_benchmark_start_on_windows(monkeypatch):
     """There is no fcntl there, and no load of the machine."""
     monkeypatch.delattr("os.getloadavg")
-    assert benchmark.machine(torch.device("cpu"))["load"] is None
+    assert machine(torch.device("cpu"))["load"] is None
     code = "import sys; sys.modules['fcntl'] = None; import experiment"
     run([sys.executable, "-c", code], ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'scripts'}")

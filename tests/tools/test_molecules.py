@@ -7,26 +7,28 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-import experiment as experiment_runner
-import molecules
 import pytest
 import torch
 import yaml
 from documents import ROOT, commands, run
-from experiment import check_molecules, make_tokenizer
-from experiment_plan import Experiment, load_experiment
-from experiment_run import train_run
-from experiment_store import SAMPLE_CLASSES, read_lines
-from molecules import classify, judge, make_rows, make_trainer, read_molecules, row_losses, sample
-from report_molecules import molecules_report
-from report_results import ExperimentResults
 from support import small_model
-from train_smiles_tokenizer import SmilesTokenizerArguments, split, train_smiles_tokenizer
-from train_smiles_tokenizer import main as write_tokenizer
-from training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 from transformers import AutoTokenizer
 
+from experiment import main as run_experiments
 from modeling_spiralformer import SpiralFormerConfig
+from train_smiles_tokenizer import SmilesTokenizerArguments
+from train_smiles_tokenizer import main as write_tokenizer
+from workshop.experiments import molecules
+from workshop.experiments import runner as experiment_runner
+from workshop.experiments.molecules import classify, judge, make_rows, make_trainer, read_molecules, row_losses, sample
+from workshop.experiments.molecules_report import molecules_report
+from workshop.experiments.plan import Experiment, load_experiment
+from workshop.experiments.results import ExperimentResults
+from workshop.experiments.run import train_run
+from workshop.experiments.runner import check_molecules, make_tokenizer
+from workshop.experiments.store import SAMPLE_CLASSES, read_lines
+from workshop.tokenizers import split_smiles, train_smiles_tokenizer
+from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 
 SMILES = ROOT / "tokenization" / "smiles"
 TOKENIZER = AutoTokenizer.from_pretrained(SMILES)
@@ -90,7 +92,7 @@ def test_text_that_is_no_known_token_is_an_error(text):
 
 
 def test_training_names_text_that_is_no_token():
-    assert split("CBr") == ["C", "Br"]
+    assert split_smiles("CBr") == ["C", "Br"]
     with pytest.raises(ValueError, match="'CCX'"):
         train_smiles_tokenizer(["CC", "CCX"])
 
@@ -195,7 +197,7 @@ def test_samples_start_at_bos_and_a_seed_gives_the_same(monkeypatch):
     assert len(first) == 7 and len(set(first)) > 1
     assert first == sample(model, TOKENIZER, 7, seed=1, temperature=0.8, top_k=40, max_length=12)
     assert first != sample(model, TOKENIZER, 7, seed=2, temperature=0.8, top_k=40, max_length=12)
-    assert max(len(split(smiles)) for smiles in first) <= 11  # bos counts
+    assert max(len(split_smiles(smiles)) for smiles in first) <= 11  # bos counts
     greedy = model.generate(torch.ones(1, 1, dtype=torch.long), do_sample=False, max_length=12)
     assert sample(model, TOKENIZER, 1, seed=1, temperature=0.8, top_k=1, max_length=12) == TOKENIZER.batch_decode(
         greedy, skip_special_tokens=True
@@ -252,7 +254,7 @@ def test_counts_add_up_and_two_spellings_are_one_molecule():
 def test_without_rdkit_nothing_starts(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(molecules, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="molecules"):
-        experiment_runner.main(runner_arguments(tmp_path, data_dir))
+        run_experiments(runner_arguments(tmp_path, data_dir))
     assert not list((tmp_path / "runs").glob("*/*"))
 
 
@@ -335,7 +337,7 @@ def test_tokens_are_those_of_the_molecules_without_padding(data_dir, tmp_path):
     (tmp_path / "runs").mkdir()
     tokenizer = make_tokenizer(plan, data_dir, tmp_path / "runs")
     results = train_run(plan.run("plain", 0, 1e-2), data_dir, tmp_path / "runs", tokenizer, [].append)
-    assert results["tokens"] == 2 * sum(len(split(smiles)) + 2 for smiles in MOLECULES)
+    assert results["tokens"] == 2 * sum(len(split_smiles(smiles)) + 2 for smiles in MOLECULES)
     assert results["training_curve"][-1][0] == results["tokens"] == results["validation_curve"][-1][0]
 
 
@@ -363,7 +365,7 @@ class Here:
 def test_the_runner_sweeps_shortly_and_then_trains(data_dir, tmp_path, monkeypatch):
     pytest.importorskip("rdkit")
     monkeypatch.setattr(experiment_runner, "ProcessPoolExecutor", Here)
-    experiment_runner.main(runner_arguments(tmp_path, data_dir))
+    run_experiments(runner_arguments(tmp_path, data_dir))
     lines = read_lines(tmp_path / "runs.jsonl")
     assert [line["steps"] for line in lines] == [2] * 4 + [8] * 2
     plan = load_experiment(tmp_path / "tiny.yaml")

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import plot_probes
-import probe
 import pytest
 import reference
 import torch
 from documents import ROOT, commands, run
-from probes import (
+from support import large_weights, random_ids, small_config, small_model
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import probe
+from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.probes import measures
+from workshop.probes import pictures as plot_probes
+from workshop.probes.measures import (
     ENTROPY,
     LOCAL_MASS,
     METRICS,
@@ -29,10 +34,7 @@ from probes import (
     relative_update,
     uniform_attention,
 )
-from support import large_weights, random_ids, small_config, small_model
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-
-from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.tables import format_resolution
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
 TEXT = "".join(f"def function_{i}(value):\n    return value + {i}\n" for i in range(200))
@@ -229,7 +231,7 @@ def test_probing_leaves_the_model_as_it_was():
     assert collect(model, ids, 2) == expected
     assert model.training and model.config._attn_implementation == "sdpa"
     with pytest.raises(RuntimeError, match="stop"), eager_evaluation(model), recorded(model):
-        assert model.config._attn_implementation == "eager" and not model.training and "advance" in vars(topology)
+        assert model.config._attn_implementation == "eager" and not model.training and topology._forward_hooks
         raise RuntimeError("stop")
     assert model.training and model.config._attn_implementation == "sdpa" and vars(topology) == attributes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
@@ -365,7 +367,7 @@ def test_the_length_is_what_both_models_claim_or_less(checkpoints, text_file, tm
         tmp_path / "shorter", SpiralFormerForCausalLM(small_config(vocab_size=4096, max_position_embeddings=32))
     )
     assert probe.main(arguments(checkpoints, text_file, "--control", str(shorter)))["length"] == 32
-    monkeypatch.setattr(probe, "collect", None)  # refused before the model takes its time
+    monkeypatch.setattr(measures, "collect", None)  # refused before the model takes its time
     with pytest.raises(ValueError, match="`length` must be in .* max_position_embeddings = 32"):
         probe.main(arguments(checkpoints, text_file, "--control", str(shorter), "--length", "33"))
 
@@ -404,7 +406,7 @@ def test_the_table_of_the_page_is_that_of_uniform_attention():
     for size in (8, 4, 2, 1):
         keys = (256 + size // 2) // size
         figures = [f"{value:.3f}" for value in measure(uniform_attention(keys), size).tolist()]
-        cells = [plot_probes.resolution(size), str(keys), str(local_window(size)), *figures]
+        cells = [format_resolution(size), str(keys), str(local_window(size)), *figures]
         assert f"| {' | '.join(cells)} |" in page
 
 

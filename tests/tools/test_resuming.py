@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import resuming
 import torch
-import train
-from corpus import standard_library_root
 from datasets import Dataset
-from experiment_run import last_whole_checkpoint
+
+import train
+from workshop import resuming
+from workshop.corpus import standard_library_root
+from workshop.experiments.run import last_whole_checkpoint
 
 SMALL = "hidden_size=32,intermediate_size=64,num_attention_heads=2,num_prelude_layers=1,num_core_layers=1"
 # Dropout draws random numbers in every step; without a topology that has weights, another one would fit them.

@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 from documents import blocks
-from experiment_plan import load_experiment
 from test_experiments import SMALL
-from training_arguments import parse_arguments
+
+from workshop.experiments.plan import load_experiment
+from workshop.training_arguments import parse_arguments
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Converts a GPT-NeoX (Pythia) checkpoint into a SpiralFormer of a chosen layer split, or a plain stack back.
+
+python scripts/convert.py --model_name_or_path EleutherAI/pythia-160m --output_dir runs/converted
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
+
+from modeling_spiralformer.configuration_spiralformer import refuse
+from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
+from workshop.checkpoints import has_tokenizer, parse_overrides
+from workshop.conversion import (
+    ROUTER_BIAS,
+    ROUTER_BIAS_RANGE,
+    load_source,
+    parse_core_layers,
+    source_tokenizer,
+    to_gpt_neox,
+    to_spiralformer,
+)
+from workshop.files import check_folder
+from workshop.settings import LARGEST_SEED, check_numbers
+
+SOURCES = {"spiralformer": "gpt_neox", "gpt_neox": "spiralformer"}
+
+
+@dataclass
+class ConversionArguments:
+    """What to convert, into what, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub name of the checkpoint to convert."})
+    output_dir: str = field(metadata={"help": "Folder that gets the converted checkpoint and its tokenizer."})
+    to: str = field(
+        default="spiralformer",
+        metadata={
+            "help": "The new architecture. A model goes back to gpt_neox where it has no loop.",
+            "choices": [*SOURCES],
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Fields of the loop, such as "num_prelude_layers=2,num_core_layers=4,chunk_sizes=[4,2,1]".'},
+    )
+    core_layers: list[str] | None = field(
+        default=None,
+        metadata={"help": 'One entry per core layer: a source layer, "4", or the mean of several, "4+5".'},
+    )
+    router_bias: float | None = field(
+        default=None, metadata={"help": f"How firmly the routers of MeSH start. Default: {ROUTER_BIAS}."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
+    seed: int = field(default=42, metadata={"help": "For the parameters that the source does not have."})
+
+    def __post_init__(self):
+        check_numbers(self, router_bias=ROUTER_BIAS_RANGE, seed=(0, LARGEST_SEED))
+        if self.to == "gpt_neox":
+            for name in ("config_overrides", "core_layers", "router_bias"):
+                if getattr(self, name) is not None:
+                    refuse(name, getattr(self, name), 'left out with to="gpt_neox": it describes a loop')
+
+
+def convert(arguments: ConversionArguments) -> PreTrainedModel:
+    """Reads, converts and writes; returns the converted model."""
+    output = check_folder("output_dir", arguments.output_dir)
+    if output.resolve() == Path(arguments.model_name_or_path).resolve():
+        refuse("output_dir", arguments.output_dir, "another folder than that of the source")
+    set_seed(arguments.seed)
+    source = load_source(arguments.model_name_or_path, SOURCES[arguments.to])
+    tokenizer = source_tokenizer(arguments.model_name_or_path)
+    if arguments.to == "gpt_neox":
+        converted = to_gpt_neox(source)
+    else:
+        core_layers = None if arguments.core_layers is None else parse_core_layers(arguments.core_layers)
+        router_bias = ROUTER_BIAS if arguments.router_bias is None else arguments.router_bias
+        overrides = parse_overrides(arguments.config_overrides)
+        converted = to_spiralformer(source, core_layers, router_bias, **overrides)
+        if arguments.router_bias is not None and not isinstance(converted.model.topology, SpiralFormerMeSH):
+            refuse("router_bias", arguments.router_bias, "left out of a model without routers of MeSH")
+    converted.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(arguments.output_dir)
+    return converted
+
+
+def main(arguments: ConversionArguments) -> None:
+    converted = convert(arguments)
+    print(f"{type(converted).__name__}, {converted.num_parameters() / 1e6:.2f}M parameters: {arguments.output_dir}")
+    if not has_tokenizer(arguments.model_name_or_path):
+        print(f"{arguments.model_name_or_path} has no tokenizer: none was written")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(ConversionArguments).parse_args_into_dataclasses())

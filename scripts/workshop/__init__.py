@@ -1,0 +1,1 @@
+"""The library behind the commands of `scripts/`. Nothing installs it: a command finds it beside itself."""

@@ -1,0 +1,172 @@
+"""What the benchmark measures and in which order: prefill, training step and decode of all models, in turn.
+
+Every sample is one round through all models, so that a slow moment of the machine meets all of them alike. Only ratios
+within a run mean anything.
+"""
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from workshop.benchmarks.models import MODELS, PLAIN, BenchmarkModel, ModelSize
+from workshop.benchmarks.workloads import Decode, Floor, Prefill, TrainingStep, seconds, training_peak_bytes
+from workshop.costs import cache_layer_bytes, count_flops, layer_equivalents, step_weight_bytes
+from workshop.provenance import load, machine
+
+# Columns of left padding of a ragged batch, repeated where it has more rows: many phases of every level.
+PADDING = (0, 3, 7, 12, 17, 22, 30, 41)
+FLOORED = (PLAIN, "spiralformer-b", "spiralformer-l")
+
+
+@dataclass(frozen=True)
+class DecodeSetting:
+    """One decode measurement: rows, models, those whose bare matrix products are timed too, and the kind of batch."""
+
+    batch: int
+    models: tuple[str, ...]
+    floored: tuple[str, ...] = ()
+    ragged: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured at one size of models."""
+
+    size: ModelSize
+    dtype: str
+    prefill_lengths: tuple[int, ...]
+    training_lengths: tuple[int, ...]
+    context: int
+    decode: tuple[DecodeSetting, ...]
+
+
+EVERY = tuple(MODELS)
+TIMED = tuple(name for name, model in MODELS.items() if not model.zero_offsets)
+SMALL = (
+    Grid(
+        size=ModelSize(width=512, layers=12, vocabulary=4096, longest=2048),
+        dtype="float32",
+        prefill_lengths=(512, 1024, 2048),
+        training_lengths=(512, 2048),
+        context=512,
+        decode=(
+            DecodeSetting(1, EVERY, FLOORED),
+            DecodeSetting(8, EVERY, FLOORED),
+            DecodeSetting(8, FLOORED, FLOORED, ragged=True),
+        ),
+    ),
+    Grid(
+        size=ModelSize(width=1024, layers=12, vocabulary=4096, longest=2048),
+        dtype="float32",
+        prefill_lengths=(),
+        training_lengths=(),
+        context=512,
+        decode=(DecodeSetting(1, FLOORED, FLOORED), DecodeSetting(8, FLOORED, FLOORED, ragged=True)),
+    ),
+)
+FULL = tuple(
+    Grid(
+        size=ModelSize(width=width, layers=layers, vocabulary=50304, longest=4096),
+        dtype="bfloat16",
+        prefill_lengths=(512, 2048, 4096),
+        training_lengths=(512, 4096),
+        context=512,
+        decode=(
+            *(DecodeSetting(batch, EVERY, FLOORED) for batch in (1, 8, 32)),
+            *(DecodeSetting(batch, EVERY, compiled=True) for batch in (1, 8, 32)),
+            *(DecodeSetting(batch, FLOORED, FLOORED, ragged=True) for batch in (8, 32)),
+        ),
+    )
+    for width, layers in ((768, 12), (1024, 24))
+)
+
+
+@dataclass
+class Cell:
+    """One thing to time again and again, and what it took: `work` gives seconds, or those of every decode step."""
+
+    key: dict
+    work: object
+    samples: list = field(default_factory=list)
+
+    def run(self, device: torch.device) -> None:
+        """One sample."""
+        timed_inside = isinstance(self.work, (Decode, Floor))
+        self.samples.append(self.work() if timed_inside else seconds(self.work, device))
+
+
+def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
+    """Everything that the grid measures, models side by side within each measurement."""
+    cells = []
+    names = [name for name in TIMED if name in models]
+    for workload, lengths in ((Prefill, grid.prefill_lengths), (TrainingStep, grid.training_lengths)):
+        label = "prefill" if workload is Prefill else "training"
+        cells += [
+            Cell({"workload": label, "model": name, "length": length}, workload(models[name], 1, length))
+            for length in lengths
+            for name in names
+        ]
+    for setting in grid.decode:
+        padding = [PADDING[row % len(PADDING)] for row in range(setting.batch)] if setting.ragged else None
+        for name in setting.models:
+            key = {"model": name, "batch": setting.batch, "ragged": setting.ragged, "compiled": setting.compiled}
+            decode = Decode(models[name], setting.batch, grid.context, padding, setting.compiled)
+            cells.append(Cell({"workload": "decode", **key}, decode))
+            if name in setting.floored:
+                floor = Floor(models[name], setting.batch, grid.context, padding)
+                cells.append(Cell({"workload": "bare products", **key}, floor))
+    return cells
+
+
+def count(grid: Grid, model: BenchmarkModel) -> dict:
+    """What needs no clock, on the meta device: FLOPs, and bytes of weights and cache that decoding touches."""
+    meta = model.build(grid.size, torch.device("meta"), getattr(torch, grid.dtype))
+    lengths = sorted({*grid.prefill_lengths, *grid.training_lengths})
+    # Attention is switched to eager by the count of FLOPs: it comes last.
+    counts = {
+        "layer_equivalents": layer_equivalents(meta.config),
+        "parameters": sum(parameter.numel() for parameter in meta.parameters()),
+        "step_weight_bytes": step_weight_bytes(meta, grid.context),
+        "cache_bytes": {length: sum(cache_layer_bytes(meta, length)) for length in (grid.context, grid.size.longest)},
+    }
+    return counts | {"flops": {length: count_flops(meta, length) for length in lengths}}
+
+
+def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
+    """All samples and counts of one size of models."""
+    used = {name for setting in grid.decode for name in setting.models}
+    if grid.prefill_lengths or grid.training_lengths:
+        used |= set(TIMED)
+    contenders = {name: model for name, model in MODELS.items() if name in used}
+    counts = {name: count(grid, model) for name, model in tqdm(contenders.items(), desc="counting")}
+    dtype = getattr(torch, grid.dtype)
+    models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}
+    cells = make_cells(grid, models)
+    for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
+        cell.run(device)
+        cell.samples.clear()
+    with tqdm(total=repeats * len(cells), desc=f"timing, width {grid.size.width}") as progress:
+        for _ in range(repeats):
+            for cell in cells:
+                cell.run(device)
+                progress.update()
+    longest = max(grid.training_lengths, default=0)
+    steps = [cell for cell in cells if cell.key["workload"] == "training" and cell.key["length"] == longest]
+    peaks = {cell.key["model"]: training_peak_bytes(cell.work) for cell in tqdm(steps, desc="peak memory")}
+    samples = [{**cell.key, "seconds": cell.samples} for cell in cells]
+    return {"grid": asdict(grid), "counts": counts, "training_peak_bytes": peaks, "samples": samples}
+
+
+def measure(grids: tuple[Grid, ...], device: torch.device, repeats: int, threads: int | None = None) -> dict:
+    """Samples and counts of all grids, with the machine and its load before and after; one CPU thread a core."""
+    torch.set_num_threads(threads or os.cpu_count())
+    torch.manual_seed(0)
+    started = time.time()
+    results = {"machine": machine(device), "repeats": repeats}
+    results["grids"] = [measure_grid(grid, device, repeats) for grid in grids]
+    return results | {"load_at_end": load(), "minutes": (time.time() - started) / 60}

@@ -1,0 +1,185 @@
+"""What the benchmark times: prefill, training step, decode steps, and the bare matrix products below a decode step."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from workshop.costs import DECODE_STEPS, LayerCall, decode_calls, token_ids
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, work of an accelerator included."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the accelerator; nothing to wait for on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Prefill:
+    """A prompt into a new cache, with the logits of its last token."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, length: int):
+        self.model, self.ids = model, token_ids(model, batch, length)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        cache = DynamicCache(config=self.model.config)
+        self.model(self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+class TrainingStep:
+    """Forward with a loss on all tokens, backward, and AdamW."""
+
+    def __init__(
+        self, model: PreTrainedModel, batch: int, length: int, optimizer: torch.optim.Optimizer | None = None
+    ):
+        self.model, self.ids = model, token_ids(model, batch, length)
+        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True) if optimizer is None else optimizer
+
+    def __call__(self) -> None:
+        self.model.train()
+        self.model(self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.eval()
+
+
+class Decode:
+    """
+    DECODE_STEPS single tokens after a context, greedily, in the way of `generate()`.
+
+    Args:
+        padding: columns of left padding of each row; None for rows that agree.
+        compiled: a static cache and a compiled forward in place of the dynamic cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        context: int,
+        padding: list[int] | None = None,
+        compiled: bool = False,
+    ):
+        self.model, self.batch, self.context, self.compiled = model, batch, context, compiled
+        self.mask = None
+        if padding is not None:
+            columns = torch.arange(context + DECODE_STEPS, device=model.device)
+            self.mask = (columns >= torch.tensor(padding, device=model.device)[:, None]).long()
+        self.forward = torch.compile(model, fullgraph=True) if compiled else model
+        self.ids = token_ids(model, batch, context)
+        self.filled = self.fill()
+
+    @torch.no_grad()
+    def fill(self) -> Cache:
+        """A new cache that holds the context."""
+        longest = self.context + DECODE_STEPS
+        config = self.model.config
+        cache = StaticCache(config=config, max_cache_len=longest) if self.compiled else DynamicCache(config=config)
+        mask = None if self.mask is None else self.mask[:, : self.context]
+        self.model(self.ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    @torch.no_grad()
+    def __call__(self) -> list[float]:
+        """Seconds of each step."""
+        cache = self.fill() if self.compiled else copy.deepcopy(self.filled)
+        token, taken = self.ids[:, -1:], []
+        for column in range(self.context, self.context + DECODE_STEPS):
+            mask = None if self.mask is None else self.mask[:, : column + 1]
+            position_ids = None if mask is None else mask.sum(dim=-1, keepdim=True) - 1
+
+            def step(token=token, mask=mask, position_ids=position_ids):
+                logits = self.forward(
+                    token, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+                ).logits
+                return logits[:, -1].argmax(dim=-1, keepdim=True)
+
+            synchronize(self.model.device)
+            started = time.perf_counter()
+            token = step()
+            synchronize(self.model.device)
+            taken.append(time.perf_counter() - started)
+        return taken
+
+
+class Floor:
+    """
+    The bare matrix products of the same decode steps: the linear layers of every layer call and the head on as many
+    rows, and queries with keys and values of the cache's shapes. No norms, biases, rotations, masks or sums, and no
+    routers, scorers or allocators.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, context: int, padding: list[int] | None = None):
+        self.steps = [
+            decode_calls(model, column, padding or [0] * batch) for column in range(context, context + DECODE_STEPS)
+        ]
+        self.model, self.head = model, model.get_output_embeddings().weight
+        size, heads = model.config.hidden_size, model.config.num_attention_heads
+        like = {"device": self.head.device, "dtype": self.head.dtype}
+        self.states = torch.randn(batch, size, **like)
+        self.inner = torch.randn(batch, model.config.intermediate_size, **like)
+        # A store for every layer call of a step, so that keys come from memory here as they do in the model.
+        most = max(len(calls) for calls in self.steps)
+        shape = (batch, heads, context + DECODE_STEPS, size // heads)
+        self.stores = [(torch.randn(shape, **like), torch.randn(shape, **like)) for _ in range(most)]
+        self.query = torch.randn(batch, heads, 1, size // heads, **like)
+
+    @torch.no_grad()
+    def __call__(self) -> list[float]:
+        """Seconds of each step."""
+        taken = []
+        for calls in self.steps:
+            taken.append(seconds(lambda calls=calls: self._products(calls), self.states.device))
+        return taken
+
+    def _products(self, calls: list[LayerCall]) -> None:
+        linear = torch.nn.functional.linear
+        for call, (keys, values) in zip(calls, self.stores, strict=False):
+            attention, mlp, states = call.layer.attention, call.layer.mlp, self.states[: call.rows]
+            linear(states, attention.query_key_value.weight)
+            scores = self.query[: call.rows] @ keys[: call.rows, :, : call.keys].mT
+            scores @ values[: call.rows, :, : call.keys]
+            linear(states, attention.dense.weight)
+            linear(states, mlp.dense_h_to_4h.weight)
+            linear(self.inner[: call.rows], mlp.dense_4h_to_h.weight)
+        linear(self.states, self.head)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device, held: int) -> int:
+    """
+    Most memory in use at any time of `work`, in bytes, with the `held` bytes that are in use before it.
+
+    On a CPU every allocation and release is taken from torch's profiler: the figure is exact and repeatable.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return held + torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = most = held
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        most = max(most, in_use)
+    return most
+
+
+def training_peak_bytes(step: TrainingStep) -> int:
+    """Peak of a training step that has run before: weights, gradients, both moments of AdamW, activations."""
+    states = (value for state in step.optimizer.state.values() for value in state.values())
+    held = sum(p.nbytes for p in step.model.parameters()) + sum(value.nbytes for value in states)
+    return peak_bytes(step, step.model.device, held)

@@ -1,0 +1,63 @@
+"""The lines of finished runs, one JSON object each: read, appended, mended after a kill in mid-line."""
+
+import json
+import os
+from pathlib import Path
+
+from workshop.files import read_text
+
+# What becomes of a sampled molecule: a line counts its samples by these (`molecules.classify`).
+SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for number, text in enumerate(read_text("lines", path).splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number}, must be a JSON object, but is {text!r}.")
+        lines.append(line)
+    return lines
+
+
+def append_line(path: str | Path, line: dict) -> None:
+    """Adds one line and waits until it is on the disk. NaN and infinities have no place in JSON: ValueError."""
+    text = json.dumps(line, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_torn_line(path: str | Path) -> str:
+    """
+    Cuts off a last line that a kill left without its end, and returns it; "" where there is none. A line that lacks
+    nothing but its newline gets one.
+    """
+    if not Path(path).exists():
+        return ""
+    content = Path(path).read_bytes()
+    whole = content.rfind(b"\n") + 1
+    torn = content[whole:].decode("utf-8", errors="replace")
+    if not torn:
+        return ""
+    try:
+        json.loads(torn)
+    except json.JSONDecodeError:
+        os.truncate(path, whole)
+        return torn
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n")
+    return ""
+
+
+def losses(line: dict) -> dict[str, float | None]:
+    """Text -> loss of a finished run: nats per token of molecules, else bits per byte; None where it diverged."""
+    return line["nats_per_token" if "nats_per_token" in line else "bits_per_byte"]

@@ -1,0 +1,172 @@
+"""The card of a model: metadata for the Hub's search, and what a reader needs to use the model and to judge it."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TrainingSummary
+
+from modeling_spiralformer import SpiralFormerPreTrainedModel
+from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
+from workshop.costs import repeated_flops
+from workshop.tables import config_schedule
+
+PIPELINES = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+def auto_class_of(model: PreTrainedModel) -> str:
+    """The name of the Auto class that loads such a model."""
+    for name, model_class in AUTO_CLASSES.items():
+        if type(model).__name__.removeprefix("FSDP") == model_class.__name__:
+            return name
+    allowed = sorted(model_class.__name__ for model_class in AUTO_CLASSES.values())
+    raise ValueError(f"`model` must be one of {allowed}, but got {type(model).__name__}.")
+
+
+def make_card(
+    model: PreTrainedModel,
+    repo_id: str,
+    license: str | None = None,
+    language: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    training_data: str | None = None,
+    evaluation: dict[str, float | str] | None = None,
+    settings: dict[str, object] | None = None,
+) -> ModelCard:
+    """
+    A card with metadata, description, usage, training data, evaluation and limits.
+
+    Args:
+        model: the model, for its class, its size and its configuration.
+        repo_id: where it will be, "user/name"; what the usage names.
+        license, language: as the Hub spells them, such as "apache-2.0" and "en".
+        base_model: the model on the Hub that this one was trained on from.
+        dataset: the data set on the Hub that it was trained and evaluated on.
+        training_data: the same in words.
+        evaluation: figures by name, of held-out text. With a `dataset` those that are finite are metadata too.
+        settings: settings of the training by name.
+    """
+    auto_class = auto_class_of(model)
+    task, name = PIPELINES[auto_class], repo_id.split("/")[-1]
+    evaluation = evaluation or {}
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name.lower().replace(" ", "_"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in evaluation.items()
+        if dataset is not None and isinstance(value, int | float) and math.isfinite(value)
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["spiralformer", "custom_code"],
+        license=license,
+        language=language,
+        base_model=base_model,
+        datasets=None if dataset is None else [dataset],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    config = model.config
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        task=task,
+        auto_class=auto_class,
+        config=config,
+        layers=config_schedule(config),
+        parameters=f"{model.num_parameters():,}",
+        training_data=training_data or (None if dataset is None else f"The data set `{dataset}`."),
+        evaluation=evaluation,
+        settings=settings or {},
+    )
+
+
+class CardTrainer(Trainer):
+    """
+    A `Trainer` that writes such a card where the library's would write a draft.
+
+    Commits that are pushed while it trains hold the code of the model too: `Trainer` itself takes only weights and
+    configuration from a checkpoint.
+
+    Args:
+        training_data: what it trains on, in words.
+    """
+
+    def __init__(self, *args, training_data: str | None = None, **kwargs):
+        self.training_data = training_data
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As the library's; puts the code into the folder that is uploaded."""
+        super().init_hf_repo(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.model.config.save_pretrained(self.args.output_dir)
+
+    def prediction_step(self, *args, **kwargs):
+        """As the library's, without label smoothing: perplexity and bits per byte are made of the loss itself."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration."""
+        tokens = inputs["input_ids"].numel()
+        return super().floating_point_ops(inputs) + repeated_flops(self.model, tokens)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into `output_dir`: `make_card` with what `TrainingSummary` finds in the Trainer."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, SpiralFormerPreTrainedModel):  # an adapter: the library's card knows its library
+            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            return super().create_model_card(*given)
+        if not self.is_world_process_zero():
+            return
+        summary = TrainingSummary.from_trainer(
+            self, language, license, tags, model_name, finetuned_from, tasks, dataset_tags, None, dataset, dataset_args
+        )
+        known = [summary.dataset_tags] if isinstance(summary.dataset_tags, str) else summary.dataset_tags
+        card = make_card(
+            model,
+            self.hub_model_id or summary.model_name,
+            license=summary.license,
+            language=summary.language,
+            base_model=summary.finetuned_from or None,
+            dataset=known[0] if known else None,
+            training_data=self.training_data,
+            evaluation=summary.eval_results,
+            settings=summary.hyperparameters,
+        )
+        for tag in [summary.tags] if isinstance(summary.tags, str) else summary.tags:
+            if tag not in card.data.tags:
+                card.data.tags.append(tag)
+        card.save(Path(self.args.output_dir) / "README.md")
