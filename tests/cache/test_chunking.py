@@ -5,17 +5,13 @@ import torch
 from chunks import Row, grids, member_columns, of_pair, pairs_filled
 from hypothesis import given
 from hypothesis import strategies as st
+from support import small_config
 
-from modeling_spiralformer.chunking_spiralformer import (
-    ChunkGrid,
-    Documents,
-    Filling,
-    LeftPadding,
-    check_boundaries,
-    read_left_padding,
-)
+from modeling_spiralformer.batch_spiralformer import LeftPadding, PackedTexts, _check_boundaries
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid, FilledChunks
 
 PADS = st.none() | st.lists(st.integers(0, 14), min_size=1, max_size=4)  # None: a batch without padding
+CPU = torch.device("cpu")
 COLUMNS = st.integers(0, 40)
 every_grid = given(grid=grids())
 every_batch = given(grid=grids(), pads=PADS, columns=COLUMNS)
@@ -27,16 +23,16 @@ def padding_of(pads: list[int] | None) -> LeftPadding | None:
     return None if pads is None else LeftPadding(torch.tensor(pads))
 
 
-def filling_of(grid, pads, start, end, skip_idle=True, every_row=False) -> Filling | None:
-    return grid.filling(start, end, padding_of(pads), torch.device("cpu"), skip_idle, every_row)
+def filling_of(grid, pads, start, end, skip_idle=True, every_row=False) -> FilledChunks | None:
+    return grid.filling(start, end, padding_of(pads), CPU, skip_idle, every_row)
 
 
-def texts_of(lengths: list[list[int]]) -> Documents:
-    return Documents(torch.tensor([[token for length in row for token in range(length)] for row in lengths]))
+def texts_of(lengths: list[list[int]]) -> PackedTexts:
+    return PackedTexts(torch.tensor([[token for length in row for token in range(length)] for row in lengths]))
 
 
-def first_and_last(filling: Filling) -> tuple[int, int]:
-    return filling.first, filling.last
+def first_and_end(filled: FilledChunks) -> tuple[int, int]:
+    return filled.first, filled.end
 
 
 def rows_of(grid: ChunkGrid, pads: list[int] | None) -> list[Row]:
@@ -54,6 +50,8 @@ def test_the_definition_is_the_paper_s(grid):
     assert [len(members) for members in chunks] == [grid.size - grid.offset] + [grid.size] * 3
     assert sum(chunks, []) == list(range(4 * grid.size - grid.offset))
     for chunk, members in enumerate(chunks):
+        assert [grid.pi(token) for token in members] == [chunk] * len(members)
+        assert grid.rho(torch.tensor(members)).tolist() == [row.rho(token) for token in members]
         assert [row.pi(token) for token in members] == [chunk] * len(members)
         assert [row.rho(token) for token in members] == list(range(grid.size))[-len(members) :]
 
@@ -72,7 +70,7 @@ def test_opened_counts_the_columns_at_which_the_row_would_fill_a_chunk(grid, pad
     places = [(column - pads + grid.offset) % grid.size for column in range(columns)]
     assert grid.opened(columns, grid.phase(pads)) == places.count(grid.size - 1)
     if pads == 0:  # K(n)
-        assert grid.opened(columns, grid.phase(0)) == len(Row(grid).filled(0, columns))
+        assert grid.opened(columns, grid.phase(0)) == grid.num_filled(columns) == len(Row(grid).filled(0, columns))
 
 
 @given(grid=grids(), pads=st.integers(0, 20), columns=st.integers(0, 60))
@@ -85,6 +83,11 @@ def test_a_token_reads_what_the_token_a_shift_before_it_lies_in(grid, pads, colu
         assert chunk in row.filled(0, columns + 1)  # causal
     tensor = grid.read_position(torch.tensor([columns]), grid.phase(torch.tensor([[pads]])))
     assert tensor.tolist() == [[position]]
+
+
+def test_a_schedule_has_a_grid_for_each_iteration():
+    config = small_config(chunk_sizes=[4, 3, 1], chunk_offsets=[1, 2, 0], causal_shifts=[3, 5, 0])
+    assert ChunkGrid.of(config) == [ChunkGrid(4, 1, 3), ChunkGrid(3, 2, 5), ChunkGrid(1, 0, 0)]
 
 
 # -- what a call fills --------------------------------------------------------------------------------------------
@@ -100,31 +103,31 @@ def test_what_a_call_fills(grid, pads, start, length, skip_idle, every_row):
         for index, row in enumerate(rows)
         for chunk, members in row.filled(start, end).items()
     }
-    filling = filling_of(grid, pads, start, end, skip_idle, every_row)
-    if filling is None:
+    filled = filling_of(grid, pads, start, end, skip_idle, every_row)
+    if filled is None:
         assert not expected
         return
     assert expected or (pads and not skip_idle)  # only a call that must not look at the padding may fill nothing
-    first, last = first_and_last(filling)
+    first, end_latent = first_and_end(filled)
     got = {
-        (row, first + k): (of_pair(filling.position_ids, index, k), member_columns(filling, grid.size, index, k))
-        for index, row, k in pairs_filled(filling, len(rows))
+        (row, first + k): (of_pair(filled.position_ids, index, k), member_columns(filled, grid.size, index, k))
+        for index, row, k in pairs_filled(filled, len(rows))
     }
     assert got == expected
-    assert filling.count == last - first == filling.position_ids.shape[1] and not filling.packed
+    assert filled.count == end_latent - first == filled.position_ids.shape[1] and not filled.packed
 
     busy = sorted({row for row, _ in expected})
     alone = pads is not None and skip_idle and not every_row and len(busy) < len(rows)
-    assert (None if filling.rows is None else filling.rows.tolist()) == (busy if alone else None)
+    assert (None if filled.rows is None else filled.rows.tolist()) == (busy if alone else None)
     if pads is None or skip_idle:  # no latent column runs for nothing
-        assert {first, last - 1} <= {latent for _, latent in expected}
+        assert {first, end_latent - 1} <= {latent for _, latent in expected}
     if pads is None:
-        assert filling.valid is None and filling.fresh is None
+        assert filled.valid is None and filled.new is None
         return
     running = [rows[index] for index in busy] if alone else rows
     held = [{row.latent(chunk) for chunk in row.filled(0, end)} for row in running]
-    assert filling.valid.tolist() == [[latent in latents for latent in range(last)] for latents in held]
-    assert filling.position_ids.min() >= 0  # of those left out, too: they are computed along
+    assert filled.valid.tolist() == [[latent in latents for latent in range(end_latent)] for latents in held]
+    assert filled.position_ids.min() >= 0  # of those left out, too: they are computed along
 
 
 # -- what the next call needs -------------------------------------------------------------------------------------
@@ -144,11 +147,11 @@ def latents_read_later(row: Row, columns: int) -> set[int]:
 
 @every_batch
 def test_first_read_latent(grid, pads, columns):
-    filled = [
+    read = [
         latents_read_later(row, columns) & {row.latent(chunk) for chunk in row.filled(0, columns)}
         for row in rows_of(grid, pads)
     ]
-    assert grid.first_read_latent(columns, padding_of(pads)) == min(set().union(*filled), default=None)
+    assert grid.first_read_latent(columns, padding_of(pads)) == min(set().union(*read), default=None)
 
 
 @every_batch
@@ -192,22 +195,22 @@ def packed_chunks(grid: ChunkGrid, lengths: list[int]) -> list[tuple[int, int, l
 @given(grid=grids(), lengths=texts())
 def test_what_packed_rows_fill(grid, lengths):
     expected = [packed_chunks(grid, row) for row in lengths]
-    filling = grid.packed_filling(texts_of(lengths))
-    if filling is None:
+    filled = grid.packed_filling(texts_of(lengths), CPU)
+    if filled is None:
         assert not any(expected)
         return
-    assert first_and_last(filling) == (0, max(map(len, expected))) and filling.packed
-    assert filling.rows is None and filling.valid is None and filling.fresh is None
+    assert first_and_end(filled) == (0, max(map(len, expected))) and filled.packed
+    assert filled.rows is None and filled.valid is None and filled.new is None
     for row, chunks in enumerate(expected):
         for k, (_, chunk, members) in enumerate(chunks):
-            assert of_pair(filling.position_ids, row, k) == chunk
+            assert of_pair(filled.position_ids, row, k) == chunk
             absent = [None] * (grid.size - len(members))
-            assert member_columns(filling, grid.size, row, k) == absent + members
+            assert member_columns(filled, grid.size, row, k) == absent + members
 
 
 @given(grid=grids(), lengths=texts())
 def test_what_packed_rows_read(grid, lengths):
-    slots, readable = grid.packed_reads(texts_of(lengths))
+    slots, readable = grid.packed_reads(texts_of(lengths), CPU)
     for row, row_lengths in enumerate(lengths):
         latents = [chunk[:2] for chunk in packed_chunks(grid, row_lengths)]
         starts = [sum(row_lengths[:index]) for index in range(len(row_lengths))]
@@ -232,8 +235,8 @@ def test_left_padding(pads, columns):
         mask = torch.tensor(real, dtype=torch.long).view(len(pads), columns)
         mask = torch.nn.functional.pad(mask, (0, trailing))
         expected = [p if p < columns else columns + trailing for p in pads]
-        assert read_left_padding(mask).tolist() == expected
-        assert read_left_padding(mask.bool()).tolist() == expected
+        assert LeftPadding.of(mask).on_host == expected
+        assert LeftPadding.of(mask.bool()).on_host == expected
 
 
 @given(lengths=texts(), data=st.data())
@@ -245,21 +248,21 @@ def test_texts_count_from_0_on(lengths, data):
     wrong = data.draw(st.integers(-3, 50).filter(lambda value: value not in (0, before + 1)))
     position_ids[row, column] = wrong
     with pytest.raises(ValueError, match=rf"`position_ids`.*but row {row} has \[.*{wrong}\] up to column {column}\."):
-        Documents(position_ids)
+        PackedTexts(position_ids)
 
 
 @given(lengths=texts(), name=st.sampled_from(["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"]), data=st.data())
 def test_boundaries_are_where_positions_restart(lengths, name, data):
     """All texts of a batch, or some of them: a text that is said nowhere is only not said."""
-    position_ids = texts_of(lengths[:1] if name == "seq_idx" else lengths).position_ids
+    position_ids = texts_of(lengths).position_ids
     restarts = [index for index, position in enumerate(position_ids.flatten().tolist()) if position == 0]
     starts = sorted({0, *data.draw(st.lists(st.sampled_from(restarts)))})
-    check_boundaries({name: boundary(name, starts, position_ids)}, position_ids)
+    _check_boundaries({name: boundary(name, starts, position_ids)}, position_ids)
     inside = [index for index in range(position_ids.numel()) if index not in restarts]
     if inside:
         starts = sorted({*starts, wrong := data.draw(st.sampled_from(inside))})
         with pytest.raises(ValueError, match=rf"`{name}` must start a text only where.*starts \[.*\b{wrong}\b"):
-            check_boundaries({name: boundary(name, starts, position_ids)}, position_ids)
+            _check_boundaries({name: boundary(name, starts, position_ids)}, position_ids)
 
 
 def boundary(name: str, starts: list[int], position_ids: torch.Tensor) -> torch.Tensor:

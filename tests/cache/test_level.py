@@ -1,4 +1,4 @@
-"""What a level keeps between calls, beside the definition (`chunks.Row`): states say which token they are.
+"""What a resolution keeps between calls, beside the definition (`chunks.Row`): states say which token they are.
 
 Every token has a number of its own. A latent is made of the numbers of its chunk's members and the chunk's index, an
 update of its latent and the place: whatever comes back tells where it came from.
@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modeling_spiralformer.chunking_spiralformer import ChunkGrid, LeftPadding
-from modeling_spiralformer.level_spiralformer import Level, StaticLevel
+from modeling_spiralformer.batch_spiralformer import Batch, LeftPadding, Rows
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid, FilledChunks
+from modeling_spiralformer.level_spiralformer import ResolutionState
+from modeling_spiralformer.static_cache_spiralformer import StaticState
 
 WIDTH = 4  # of a token: (number, 0, 0, 0); of an update: (first member, last member, chunk + 1, place + 1)
 NOTHING = [0] * WIDTH
@@ -23,37 +25,44 @@ COLUMNS = 48
 
 
 class Driver:
-    """All that these tests call of a level; `pads` are those of the rows in the end, also before their first token."""
+    """All that these tests call of a state; `pads` are those of the rows in the end, also before their first token."""
 
     def __init__(self, grid: ChunkGrid, pads: list[int], kind: str):
         self.grid, self.pads, self.columns, self.recording = grid, pads, 0, False
         if kind == "static":
-            self.level = StaticLevel(grid, COLUMNS, torch.zeros(len(pads), 0, WIDTH))
+            self.state = StaticState(grid, Rows(), COLUMNS, torch.zeros(len(pads), 0, WIDTH))
         else:
-            self.level = Level(grid, cached=kind == "dynamic")
+            self.state = ResolutionState(grid, Rows(), cached=kind == "dynamic")
 
     def feed(self, numbers: list[list[int]], every_row: bool) -> tuple[dict, list[list[list[int]]]]:
         """One call: the members of each (row, chunk) that it fills, and the update of each of its tokens."""
         states = nn.functional.pad(torch.tensor(numbers)[..., None].float(), (0, WIDTH - 1))
-        self.columns += states.shape[1]
-        pads = torch.tensor(self.pads).clamp(max=self.columns)
-        self.level.begin(states.shape[1], LeftPadding(pads) if pads.any() else None, False, every_row)
-        filling, filled = self.level.feed(states), {}
-        if filling is not None:
-            latents, filled = self._core(self.level.members(filling), filling, len(numbers))
-            self.level.store(latents, filling)
-        return filled, self.level.read(states.shape[1], self._up).long().tolist()
+        length, past = states.shape[1], self.columns
+        self.columns += length
+        padding = self.state.rows.padding  # it stays what it is once every row has had a token
+        if not self.state.settled:
+            pads = torch.tensor(self.pads).clamp(max=self.columns)
+            padding = LeftPadding(pads) if pads.any() else None
+        self.state.begin(Batch(past, padding, None, None, position_ids=None), length, every_row)
+        filled, chunks = self.state.feed(states), {}
+        if filled is not None:
+            latents, chunks = self._core(self.state.members(filled), filled, len(numbers))
+            self.state.store(latents, filled)
+        readable = self.state.readable(length)
+        updates = self.state.shift(None if readable is None else self._up(readable), length)
+        self.state.trim(length)
+        return chunks, updates.long().tolist()
 
-    def _core(self, members: torch.Tensor, filling, rows: int) -> tuple[torch.Tensor, dict]:
-        latents, filled = torch.full((len(members), members.shape[1], WIDTH), float(NO_CHUNK)), {}
-        for index, row, k in pairs_filled(filling, rows):
-            present = present_members(filling, self.grid.size, index, k)
+    def _core(self, members: torch.Tensor, filled: FilledChunks, rows: int) -> tuple[torch.Tensor, dict]:
+        latents, chunks = torch.full((len(members), members.shape[1], WIDTH), float(NO_CHUNK)), {}
+        for index, row, k in pairs_filled(filled, rows):
+            present = present_members(filled, self.grid.size, index, k)
             # A ring hands its members out from any place on.
             numbers = sorted(members[index, k, present, 0].long().tolist())
-            chunk = of_pair(filling.position_ids, index, k)
-            filled[row, chunk] = numbers
+            chunk = of_pair(filled.position_ids, index, k)
+            chunks[row, chunk] = numbers
             latents[index, k] = torch.tensor([numbers[0], numbers[-1], chunk + 1, 0])
-        return latents, filled
+        return latents, chunks
 
     def _up(self, latents: torch.Tensor) -> torch.Tensor:
         updates = latents.repeat_interleave(self.grid.size, dim=1)
@@ -61,18 +70,20 @@ class Driver:
         return updates
 
     def record(self) -> None:
-        self.level.recording = self.recording = True
+        self.state.recording = self.recording = True
 
     def crop(self, count: int) -> None:
-        self.level.crop(count)
+        self.state.crop(count)
         self.columns -= count
 
     def select(self, rows: list[int]) -> None:
-        self.level.map_rows(lambda states: states[rows])
+        self.state.map_rows(lambda states: states[rows])
+        if self.state.rows.padding is not None:
+            self.state.rows.padding = LeftPadding(self.state.rows.padding.columns[rows])
         self.pads = [self.pads[row] for row in rows]
 
 
-class Rows:
+class History:
     """Feeds a driver and knows by the definition what has to come back."""
 
     def __init__(self, grid: ChunkGrid, pads: list[int], kind: str):
@@ -129,13 +140,13 @@ COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 13])
 
 @given(grid=grids(), pads=PADS, count=st.integers(1, COLUMNS))
 def test_one_call_without_a_cache(grid, pads, count):
-    Rows(grid, pads, "uncached").feed(count)
+    History(grid, pads, "uncached").feed(count)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @given(grid=grids(), pads=PADS, record=st.booleans(), data=st.data())
 def test_calls_that_go_on(kind, grid, pads, record, data):
-    rows = Rows(grid, pads, kind)
+    rows = History(grid, pads, kind)
     if record and kind == "dynamic":
         rows.record()
     rows.feed(data.draw(COUNTS))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from modeling_spiralformer.chunking_spiralformer import ChunkGrid, Filling
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid, FilledChunks
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class Row:
         return None if token < 0 else (self.pi(token), self.rho(token))
 
 
-def pairs_filled(filling: Filling | None, rows: int) -> list[tuple[int, int, int]]:
+def pairs_filled(filled: FilledChunks | None, rows: int) -> list[tuple[int, int, int]]:
     """What a call fills of a batch of `rows`: place among the rows that run, row of the batch, place among latents.
 
-    A pair that is written before it holds a chunk (`fresh` and not `valid`) is nothing yet: the call that fills it
+    A pair that is written before it holds a chunk (`new` and not `valid`) is nothing yet: the call that fills it
     writes it again.
     """
-    if filling is None:
+    if filled is None:
         return []
-    running = list(range(rows)) if filling.rows is None else filling.rows.tolist()
-    filled = torch.ones(len(running), filling.position_ids.shape[1], dtype=torch.bool)
-    if filling.fresh is not None:
-        filled &= filling.fresh
-    if filling.valid is not None:
-        filled &= filling.valid.narrow(1, int(filling.first), filled.shape[1])
-    return [(index, running[index], k) for index, k in filled.nonzero().tolist()]
+    running = list(range(rows)) if filled.rows is None else filled.rows.tolist()
+    is_filled = torch.ones(len(running), filled.position_ids.shape[1], dtype=torch.bool)
+    if filled.new is not None:
+        is_filled &= filled.new
+    if filled.valid is not None:
+        is_filled &= filled.valid.narrow(1, int(filled.first), is_filled.shape[1])
+    return [(index, running[index], k) for index, k in is_filled.nonzero().tolist()]
 
 
 def of_pair(values: torch.Tensor, index: int, k: int) -> list:
@@ -74,17 +74,17 @@ def of_pair(values: torch.Tensor, index: int, k: int) -> list:
     return values[index if len(values) > 1 else 0, k].tolist()
 
 
-def present_members(filling: Filling, size: int, index: int, k: int) -> list[bool]:
+def present_members(filled: FilledChunks, size: int, index: int, k: int) -> list[bool]:
     """Which of a chunk's members are tokens."""
-    return [True] * size if filling.present is None else of_pair(filling.present, index, k)
+    return [True] * size if filled.present is None else of_pair(filled.present, index, k)
 
 
-def member_columns(filling: Filling, size: int, index: int, k: int) -> list[int | None]:
+def member_columns(filled: FilledChunks, size: int, index: int, k: int) -> list[int | None]:
     """The batch column of each member of a chunk, None where it is no token."""
-    columns = filling.member_columns
+    columns = filled.member_columns
     if isinstance(columns, int):  # the first of one stretch
-        columns = torch.arange(filling.position_ids.shape[1] * size).view(1, -1, size) + columns
-    pairs = zip(of_pair(columns, index, k), present_members(filling, size, index, k), strict=True)
+        columns = torch.arange(filled.position_ids.shape[1] * size).view(1, -1, size) + columns
+    pairs = zip(of_pair(columns, index, k), present_members(filled, size, index, k), strict=True)
     return [column if present else None for column, present in pairs]
 
 
