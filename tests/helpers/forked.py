@@ -31,6 +31,7 @@ def _run(words: list[str], folder: str, python_path: str, outputs: tuple[str, st
     os.environ["PYTHONPATH"] = python_path  # also of the processes that the command starts
     path = paths_of(python_path)
     os.chdir(folder)
+    sys.path_importer_cache.clear()  # of relative paths
     option, rest = words[0], words[1:]
     sys.argv[:] = [option, *rest[1:]] if option in ("-c", "-m") else words
     sys.path[:] = ["" if option in ("-c", "-m") else str(Path(option).parent.absolute()), *path]
