@@ -283,6 +283,17 @@ class SpiralFormerConfig(PreTrainedConfig):
     def layer_types(self, value):
         refuse("layer_types", value, "left alone: it follows from the schedule")
 
+    def core_entries(self, iteration: int) -> range:
+        """Entries of the cache that the core layers of an iteration have: those of the prelude come before them.
+
+        The order is prelude, core layers of iteration 0, of iteration 1, ..., coda. Raises ValueError for an iteration
+        that the schedule lacks.
+        """
+        if iteration not in range(self.num_iterations):
+            refuse("iteration", iteration, f"one of the {self.num_iterations} of the schedule, counted from 0")
+        first = self.num_prelude_layers + iteration * self.num_core_layers
+        return range(first, first + self.num_core_layers)
+
     # -- validation: `@strict` runs every `validate_*` at construction, and the model runs them once more -------
 
     def validate_architecture(self):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.cache_name_spiralformer import CACHE_NAME
-from modeling_spiralformer.configuration_spiralformer import TOKEN_LAYER_TYPE
+from modeling_spiralformer.configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
 
 
 def test_defaults_are_the_160m_spiralformer_b():
@@ -34,6 +34,16 @@ def test_derived_values_follow_the_schedule_and_cannot_be_set():
             setattr(config, field, value)
         with pytest.raises(ValueError, match=field):
             small_config(**{field: value})
+
+
+def test_entries_of_core_layers_are_the_latent_ones_in_order():
+    config = small_config(num_prelude_layers=2, num_core_layers=3, num_coda_layers=1, chunk_sizes=[4, 2])
+    assert [list(config.core_entries(t)) for t in range(2)] == [[2, 3, 4], [5, 6, 7]]
+    latents = [entry for entry, kind in enumerate(config.layer_types) if kind == LATENT_LAYER_TYPE]
+    assert [*config.core_entries(0), *config.core_entries(1)] == latents
+    for iteration in (-1, 2):
+        with pytest.raises(ValueError, match=f"`iteration` must be one of the 2 .* but got {iteration}"):
+            config.core_entries(iteration)
 
 
 def test_json_round_trip_keeps_none_and_stores_nothing_derived(tmp_path):
