@@ -18,6 +18,7 @@ setup(
         "modeling_spiralformer.tokenization": "tokenization",
     },
     package_data={
+        "modeling_spiralformer": ["py.typed"],
         "modeling_spiralformer.configuration": ["*/config.json"],
         "modeling_spiralformer.tokenization": ["*.json", "smiles/*.json", "README.md"],
     },
@@ -42,7 +43,10 @@ setup(
         "eval": ["evaluate", "lm-eval[hf]>=0.4.13"],
         "molecules": ["rdkit", "scipy"],
         "dev": [
+            "codespell",
             "hypothesis",
+            "mypy",
+            "pre-commit",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -239,6 +239,13 @@ def test_the_wheel_alone_runs_the_code_of_the_readme(installed, tmp_path):
 
 @needs_git
 @pytest.mark.processes
+def test_a_type_checker_takes_the_types_of_an_installed_package(built):
+    """It looks for `py.typed`, and without one for nothing else."""
+    assert "modeling_spiralformer/py.typed" in wheel_files(built)
+
+
+@needs_git
+@pytest.mark.processes
 def test_the_newest_releases_are_asked_for_by_name_alone(installed, tmp_path):
     """`make test-latest` takes names from the installed metadata, without the bounds of setup.py."""
     (code,) = re.findall(r"^NAMES = (.*)$", MAKEFILE, re.MULTILINE)
