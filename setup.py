@@ -18,7 +18,6 @@ setup(
         "modeling_spiralformer.tokenization": "tokenization",
     },
     package_data={
-        "modeling_spiralformer": ["py.typed"],
         "modeling_spiralformer.configuration": ["*/config.json"],
         "modeling_spiralformer.tokenization": ["*.json", "smiles/*.json", "README.md"],
     },
