@@ -99,8 +99,9 @@ def is_floating(dtype: object) -> bool:
 
 def numbers_all_labels(id2label: dict | None) -> bool:
     """Whether the labels are numbered 0, 1, 2, ..., in integers or, as JSON has them, in strings."""
-    numbers = None if id2label is None else sorted(str(number) for number in id2label)
-    return numbers is None or (numbers != [] and numbers == sorted(str(number) for number in range(len(numbers))))
+    if id2label is None:
+        return True
+    return len(id2label) > 0 and {str(number) for number in id2label} == {str(n) for n in range(len(id2label))}
 
 
 @as_validated_field
@@ -136,7 +137,8 @@ resolution, `num_core_layers` shared layers that run once for each entry of `chu
 g tokens, and `num_coda_layers` layers at token resolution again.
 
 `num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved. Every impossible
-value raises `StrictDataclassError`, which names the field, the value and what is allowed.
+value raises `StrictDataclassError`, which names the field, the value and what is allowed, whenever the field is set.
+Fields that do not go together raise it in the constructor, in that of the model and on saving.
 """
 
 
