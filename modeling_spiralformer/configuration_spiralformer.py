@@ -283,6 +283,11 @@ class SpiralFormerConfig(PreTrainedConfig):
     def layer_types(self, value):
         refuse("layer_types", value, "left alone: it follows from the schedule")
 
+    def core_entries(self, iteration: int) -> range:
+        """The cache entries of an iteration's core layers."""
+        first = self.num_prelude_layers + iteration * self.num_core_layers
+        return range(first, first + self.num_core_layers)
+
     # -- validation: `@strict` runs every `validate_*` at construction, and the model runs them once more -------
 
     def validate_architecture(self):

@@ -13,16 +13,18 @@
 # limitations under the License.
 """SpiralFormer (arXiv 2602.11698): a looped Transformer whose shared core runs once per resolution, coarse to fine.
 
-`SpiralFormerModel.forward` is the paper's Algorithm 1. Chunk geometry lives in `chunking_spiralformer`, what is kept
-between calls in `level_spiralformer` and `cache_spiralformer`; the layers are GPT-NeoX's own.
+`SpiralFormerModel.forward` is the paper's Algorithm 1, `SpiralFormerResolution.forward` the line inside its loop. pi,
+rho and K(n) are methods of `ChunkGrid` (`chunking_spiralformer`), the topologies are in `topology_spiralformer`, what
+is kept between calls is in `level_spiralformer` and `cache_spiralformer`; the layers are GPT-NeoX's own.
 
 Shape letters: B batch, R rows of the batch that run, S new tokens (all L of them without a cache), K chunks (latents)
-of a level, G tokens in a chunk, D hidden size, T iterations, N slots of MeSH.
+of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
 
 import math
 import sys
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -54,36 +56,74 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPT
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapters_spiralformer import meet_adapters
+from .batch_spiralformer import BOUNDARIES, Batch, Rows, read_batch
 from .cache_name_spiralformer import (
     CACHE_ARGUMENT,
     CACHE_NAME,
     CHECKPOINTED_LAYERS_KEEP_CACHE,
     takes_either_cache_name,
 )
-from .cache_spiralformer import SlotView, bind_levels, settle_levels
-from .chunking_spiralformer import (
-    BOUNDARIES,
-    READ_AGAIN,
-    ChunkGrid,
-    Documents,
-    Filling,
-    LeftPadding,
-    check_boundaries,
-    read_left_padding,
-    wrong_positions,
-)
+from .cache_spiralformer import IterationCache, find_states, read_past
+from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
-from .level_spiralformer import Level, PackedLevel
+from .level_spiralformer import PackedState, ResolutionState
+from .static_cache_spiralformer import settle_states
+from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
+
+
+class SpiralFormerDown(nn.Module):
+    """Down-scaling: z_j = sum_i softmax_i(a . h_i + c) h_i over the members i of chunk j, or their mean."""
+
+    def forward(
+        self, members: torch.Tensor, scores: torch.Tensor | None, present: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Latents `(R, K, D)` of chunks.
+
+        Args:
+            members: `(R, K, G, D)` token states.
+            scores: a . h_i + c, `(R, K, G)`; None for the mean.
+            present: `(R or 1, K, G)`, True where there is such a member; None where all are there.
+        """
+        if members.shape[2] == 1:
+            return members.squeeze(2)
+        if scores is None:
+            scores = members.new_zeros(members.shape[:3])
+        if present is not None:
+            scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        return (weights.unsqueeze(-2) @ members).squeeze(-2)
+
+
+class SpiralFormerUp(nn.Module):
+    """Up-scaling: u_i = sqrt(g) beta_(j, rho(i)) zhat_j with j = pi(i), and beta_j = softmax(B zhat_j) or 1 / g."""
+
+    def __init__(self, chunk_size: int):
+        super().__init__()
+        self.chunk_size = chunk_size
+
+    def forward(self, latents: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+        """Updates `(B, K * G, D)` of every place of every chunk in order.
+
+        Args:
+            latents: `(B, K, D)` outputs of the core.
+            shares: B zhat_j, `(B, K, G)`; None for 1 / g.
+        """
+        if self.chunk_size == 1:
+            return latents
+        scale = math.sqrt(self.chunk_size)
+        if shares is None:
+            return (latents * (scale / self.chunk_size)).repeat_interleave(self.chunk_size, dim=1)
+        shares = shares.softmax(dim=-1) * scale
+        return (shares.unsqueeze(-1) * latents.unsqueeze(-2)).flatten(1, 2)
 
 
 class SpiralFormerResolution(nn.Module):
-    """Down- and up-scaling of iteration t: between the tokens of a chunk and its latent (paper, section 1).
+    """The loop's body at iteration t: shift(Up(f_loop(Down(h_t)))), from token states to their updates.
 
-    The chunk size g = 1 needs neither: a token is its own latent.
+    The chunk size g = 1 needs no scaling: a token is its own latent.
     """
 
     def __init__(self, config: SpiralFormerConfig, iteration: int):
@@ -98,95 +138,61 @@ class SpiralFormerResolution(nn.Module):
         if self.chunk_size > 1 and config.up_scaling == "allocation":
             self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
             self.allocator.initial_std = 0.0  # starts as a broadcast
+        self.down = SpiralFormerDown()
+        self.up = SpiralFormerUp(self.chunk_size)
 
-    def down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
-        """z_j = sum_i softmax_i(a . h_i + c) h_i over the chunk's members i, or their mean.
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        state: ResolutionState,
+        core: Callable[[torch.Tensor, FilledChunks, Cache | None], torch.Tensor],
+        cache: Cache | None = None,
+        run_idle: bool = False,
+    ) -> torch.Tensor:
+        """The updates `(B, S, D)` of the new tokens.
 
         Args:
-            members: `(R, K, G, D)` token states.
-            present: `(R or 1, K, G)`, True where there is such a member; None where all are there.
-
-        Returns:
-            `(R, K, D)` latents.
+            hidden_states: h_t, `(B, S, D)`.
+            state: what this resolution keeps between calls; it knows pi, rho, K(n) and s.
+            core: f_loop, from latents `(R, K, D)` of the chunks that this call fills to the like.
+            run_idle: run the core also where the call fills no chunk, for a zero that depends on its parameters.
         """
-        if self.chunk_size == 1:
-            return members.squeeze(2)
-        if self.scorer is None:
-            scores = members.new_zeros(members.shape[:3])
-        else:  # adapters of linear layers know no input of 4 dimensions, or take it for an image
+        length = hidden_states.shape[1]
+        filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
+        if filled is not None:
+            latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
+            latents = core(latents, filled, cache)  # zhat = f_loop(z)
+            state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
+        latents = state.readable(length)
+        updates = None if latents is None else self._scale_up(latents)  # u = Up(zhat)
+        update = state.shift(updates, length)  # u_(i - s)
+        state.trim(length)
+        if filled is None and run_idle:
+            update = update + self._idle(hidden_states, core)
+        return update
+
+    def _scale_down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        scores = None
+        if self.scorer is not None:  # adapters of linear layers know no input of 4 dimensions, or take it for an image
             scores = self.scorer(members.flatten(1, 2)).view(members.shape[:3])
-        if present is not None:
-            scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
-        return (weights.unsqueeze(-2) @ members).squeeze(-2)
+        return self.down(members, scores, present)
 
-    def up(self, latents: torch.Tensor) -> torch.Tensor:
-        """u_i = sqrt(g) beta_(j, slot of i) zhat_j with beta_j = softmax(B zhat_j), or 1 / g.
+    def _scale_up(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.up(latents, None if self.allocator is None else self.allocator(latents))
 
-        Args:
-            latents: `(B, K, D)` outputs of the core.
+    def _idle(self, hidden_states: torch.Tensor, core: Callable) -> torch.Tensor:
+        """Runs the body on one zero latent, for a zero that depends on every parameter.
 
-        Returns:
-            `(B, K * G, D)`, the updates of every slot of every chunk in order.
+        Data-parallel training waits for a gradient of every parameter in every step, also of a text shorter than g.
+        Where FSDP shards the core, all processes have to call its layers equally often, also in evaluation.
         """
-        if self.chunk_size == 1:
-            return latents
-        scale = math.sqrt(self.chunk_size)
-        if self.allocator is None:
-            return (latents * (scale / self.chunk_size)).repeat_interleave(self.chunk_size, dim=1)
-        shares = self.allocator(latents).softmax(dim=-1) * scale
-        return (shares.unsqueeze(-1) * latents.unsqueeze(-2)).flatten(1, 2)
-
-
-class SpiralFormerRecurrence(nn.Module):
-    """The recurrences without parameters: base h' = u, residual h' = u + h, anchor h' = u + h_0, with h_0 = v."""
-
-    def __init__(self, config: SpiralFormerConfig):
-        super().__init__()
-        self.topology = config.topology
-
-    def start(self, embeddings: torch.Tensor, prelude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h_0 and what is carried along, from x and v = f_pre(x), all `(B, S, D)`."""
-        return prelude, prelude
-
-    def advance(self, iteration: int, update: torch.Tensor, state: torch.Tensor, carrier: torch.Tensor):
-        """h_(t+1) from the shifted update and h_t, all `(B, S, D)`; returns it with the carrier."""
-        if self.topology == "base":
-            return update, carrier
-        return update + (state if self.topology == "residual" else carrier), carrier
-
-
-class SpiralFormerMeSH(nn.Module):
-    """MeSH (arXiv 2510.07739): T + 1 write-read cycles on N memory slots per token, each with routers of its own.
-
-    Slot 0 starts as x, the others empty. Cycle k writes m_n += w_(k,n) new_k and reads sum_n r_(k,n) m_n, where new_0
-    is v and new_(t+1) the update of iteration t; its routers look at the state that entered the block. No slot is ever
-    built: what cycle k reads is r_(k,0) x + sum_(i <= k) (w_i . r_k) new_i, with one number w_i . r_k per token.
-    """
-
-    def __init__(self, config: SpiralFormerConfig):
-        super().__init__()
-        size, slots = config.hidden_size, config.resolved_num_memory_slots
-        self.write = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
-        self.read = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
-
-    def start(self, embeddings: torch.Tensor, prelude: torch.Tensor):
-        """Cycle 0: writes v, routed by x; returns h_0 and what has been written so far."""
-        return self._cycle(0, prelude, embeddings, [(None, embeddings)])
-
-    def advance(self, iteration: int, update: torch.Tensor, state: torch.Tensor, carrier: list):
-        """Cycle t + 1: writes the shifted update, routed by h_t; returns h_(t+1) and what has been written."""
-        return self._cycle(iteration + 1, update, state, carrier)
-
-    def _cycle(self, cycle: int, new: torch.Tensor, state: torch.Tensor, written: list):
-        """`written` holds (write weights `(B, S, N)`, what was written `(B, S, D)`), x first with weights None."""
-        write = self.write[cycle](state).softmax(dim=-1)
-        read = self.read[cycle](state).softmax(dim=-1)
-        written = [*written, (write, new)]
-        hidden = read[..., :1] * written[0][1]
-        for weights, content in written[1:]:
-            hidden = torch.addcmul(hidden, (weights * read).sum(dim=-1, keepdim=True), content)
-        return hidden, written
+        rows = hidden_states.shape[0]  # all of them, as adapters may tell them apart
+        members = hidden_states.new_zeros(rows, 1, self.chunk_size, hidden_states.shape[-1])
+        position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
+        filled = FilledChunks(first=0, end=1, position_ids=position_ids, member_columns=0)
+        latents = core(self._scale_down(members, None), filled, None).to(hidden_states.device)
+        # Sums of nothing: zero, whatever the values.
+        return self._scale_up(latents)[:0].sum() + hidden_states[:0].sum()
 
 
 def name_peft_targets(model_type: str) -> None:
@@ -207,8 +213,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # Device maps keep the model whole: Down, Up and the topology are methods, which no device hook wraps.
-    _no_split_modules = ["SpiralFormerModel"]
+    _no_split_modules = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -226,6 +231,9 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        # accelerate shards by these names, and refuses one that the model does not hold.
+        held = {type(module).__name__ for module in self.modules() if next(module.parameters(), None) is not None}
+        self._no_split_modules = set(self._no_split_modules) & held
         name_peft_targets(self.config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -253,15 +261,17 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         config.validate()
         super().__init__(config)
         iterations, core = config.num_iterations, config.num_core_layers
-        core_slot = config.num_prelude_layers
-        coda_slot = core_slot + iterations * core
+        first_core, first_coda = config.num_prelude_layers, config.num_hidden_layers - config.num_coda_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
-        self.prelude = nn.ModuleList(GPTNeoXLayer(config, slot) for slot in range(core_slot))
+        # Layers know their first cache entry. That of a shared layer moves on from iteration to iteration.
+        self.prelude = nn.ModuleList(GPTNeoXLayer(config, entry) for entry in range(first_core))
         # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
-        core_layers = core if config.share_core else iterations * core
-        self.core = nn.ModuleList(GPTNeoXLayer(config, core_slot + i) for i in range(core_layers))
-        self.coda = nn.ModuleList(GPTNeoXLayer(config, coda_slot + i) for i in range(config.num_coda_layers))
+        step = 0 if config.share_core else core
+        self.core_layers = [range(t * step, t * step + core) for t in range(iterations)]
+        num_layers = max((layers.stop for layers in self.core_layers), default=0)
+        self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
+        self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
         self.topology = None
         if iterations:
@@ -269,12 +279,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
-        self.grids = [
-            ChunkGrid(size, offset, shift)
-            for size, offset, shift in zip(
-                config.chunk_sizes, config.resolved_chunk_offsets, config.resolved_causal_shifts, strict=True
-            )
-        ]
+        self.grids = ChunkGrid.of(config)
         for layer in (*self.prelude, *self.core, *self.coda):
             for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
                 output.initial_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
@@ -300,55 +305,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             What earlier calls computed, as `DynamicCache(config=model.config)` or `StaticCache` holds it. Up to
             transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[:2]:
-            name = "inputs_embeds" if input_ids is None else "input_ids"
-            shape = tuple(inputs_embeds.shape[:2])
-            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
-        every_row = meet_adapters(self)
-        if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
-        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
-            raise ValueError(
-                f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
-                "levels run in a step is decided by Python integers."
-            )
-        if self._checkpoints_layers():
-            if cache is not None:
-                raise ValueError(
-                    f"{CACHE_ARGUMENT} must be None in training mode with gradient checkpointing, but got "
-                    f"{type(cache).__name__}: a replayed layer would write its keys twice. Call eval() first."
-                )
-            use_cache = False
-        given_cache = cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-
-        levels = self._levels(cache, inputs_embeds)
-        padding, token_mask, right_padded, past = self._read_mask(attention_mask, cache, levels, inputs_embeds)
-        counted = self._position_ids(padding, past, inputs_embeds)
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
         boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
-        documents = self._read_positions(
-            position_ids, counted, token_mask, past, given_cache, inputs_embeds, boundaries
+        batch, states, cache = self._read_call(
+            inputs_embeds, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
         )
-        position_ids = counted
-        if documents is not None:  # packed rows are read whole: no call goes on from them
-            use_cache, cache, position_ids = False, None, documents.position_ids
-            levels = [PackedLevel(grid, documents) for grid in self.grids]
-        token_layer = {
-            "attention_mask": self._token_mask(token_mask, documents, cache, inputs_embeds),
-            "position_ids": position_ids,
-            "layer_past": cache,
-            "use_cache": use_cache,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
-            **kwargs,
-        }
-
-        for level in levels:
-            level.begin(inputs_embeds.shape[1], padding, right_padded, every_row)
+        token_layer = self._token_arguments(batch, cache, inputs_embeds) | kwargs
 
         # x, the embeddings
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
@@ -360,254 +322,140 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         for layer in self.prelude:
             hidden_states = layer(hidden_states, **token_layer)
 
-        # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t), once per resolution
+        # h_0 = InitTopology(x, v)
         if self.topology is not None:
-            hidden_states, carrier = self.topology.start(embeddings, hidden_states)
-        for iteration, level in enumerate(levels):
-            update = self._iterate(iteration, hidden_states, level, cache, use_cache=use_cache, **kwargs)
-            hidden_states, carrier = self.topology.advance(iteration, update, hidden_states, carrier)
+            hidden_states, carrier = self.topology(hidden_states, embeddings)
+
+        # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t, carrier), once per resolution
+        # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
+        run_idle = self.training or (bool(states) and hasattr(self.core[0], "unshard"))
+        for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
+            core = partial(self._run_core, iteration, **kwargs)
+            update = resolution(hidden_states, state, core, cache, run_idle)
+            hidden_states, carrier = self.topology(update, hidden_states, carrier)
 
         # norm(f_post(h_T))
         for layer in self.coda:
             hidden_states = layer(hidden_states, **token_layer)
-        for level in levels:
-            level.unfinished = False
+        for state in states:
+            state.rows.end()
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _iterate(
-        self, iteration: int, hidden_states: torch.Tensor, level: Level, cache: Cache | None, **kwargs
-    ) -> torch.Tensor:
-        """shift(Up(f_loop(Down(h_t)))): the update `(B, S, D)` of the tokens, from their states `(B, S, D)`."""
-        resolution = self.resolutions[iteration]
-        filling = level.feed(hidden_states)
-        if filling is not None:
-            latents = resolution.down(level.members(filling), filling.present)
-            level.store(self._run_core(iteration, latents, filling, cache, **kwargs), filling)
-        update = level.read(hidden_states.shape[1], resolution.up)
-        # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
-        if filling is None and (self.training or hasattr(self.core[0], "unshard")):
-            update = update + self._idle_core(iteration, hidden_states, **kwargs)
-        return update
-
-    def _idle_core(self, iteration: int, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Runs an iteration that filled nothing on one zero latent, for a zero that depends on every parameter.
-
-        Data-parallel training waits for a gradient of every parameter in every step, also of a text shorter than g.
-        Where FSDP shards the core, all processes have to call its layers equally often, also in evaluation.
-        """
-        resolution = self.resolutions[iteration]
-        rows = hidden_states.shape[0]  # all of them, as adapters may tell them apart
-        members = hidden_states.new_zeros(rows, 1, resolution.chunk_size, hidden_states.shape[-1])
-        position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
-        filling = Filling(first=0, last=1, position_ids=position_ids, member_columns=0)
-        latents = self._run_core(iteration, resolution.down(members, None), filling, None, **kwargs)
-        return resolution.up(latents)[:0].sum() + hidden_states[:0].sum()  # sums of nothing: zero, whatever the values
-
     def _run_core(
-        self, iteration: int, latents: torch.Tensor, filling: Filling, cache: Cache | None, **kwargs
+        self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
-        count = self.config.num_core_layers
-        # CODEPATH: pythia-mesh-1.4b alone does not share its core, and knows its cache slots without an offset.
-        layers = self.core if self.config.share_core else self.core[iteration * count : (iteration + 1) * count]
-        slot_offset = iteration * count if self.config.share_core else 0  # CODEPATH: as above
-        view = None if cache is None else SlotView(cache, slot_offset, filling)
+        layers, entries = self.core_layers[iteration], self.config.core_entries(iteration)
+        offset = (
+            entries.start - self.config.num_prelude_layers - layers.start
+        )  # from a layer's first entry to this one
+        view = None if cache is None else IterationCache(cache, offset, filled)
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=latents,
-            attention_mask=filling.valid,
+            attention_mask=filled.valid,
             **{CACHE_NAME: view},
-            position_ids=filling.position_ids if filling.packed else None,
-            layer_idx=self.config.num_prelude_layers + iteration * count,
+            position_ids=filled.position_ids if filled.packed else None,
+            layer_idx=entries.start,
         )
-        position_embeddings = self.rotary_emb(latents, position_ids=filling.position_ids)
-        for layer in layers:
-            latents = layer(
+        position_embeddings = self.rotary_emb(latents, position_ids=filled.position_ids)
+        for index in layers:
+            latents = self.core[index](
                 latents,
                 attention_mask=attention_mask,
-                position_ids=filling.position_ids,
+                position_ids=filled.position_ids,
                 layer_past=view,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
         return latents
 
+    # -- the arguments of a call --------------------------------------------------------------------------------
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The embeddings `(B, S, D)` that are given, or those of the ids."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[:2]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            shape = tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
+        return inputs_embeds
+
+    def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
+        """Whether the call reads or writes a cache."""
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"{CACHE_ARGUMENT} must be a `Cache`, but got {type(cache).__name__}.")
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and (use_cache or cache is not None):
+            raise ValueError(
+                f"`use_cache` must be False, and {CACHE_ARGUMENT} None, where a program is traced or exported: which "
+                "levels run in a step is decided by Python integers."
+            )
+        if not self._checkpoints_layers():
+            return bool(use_cache) or cache is not None
+        if cache is not None:
+            raise ValueError(
+                f"{CACHE_ARGUMENT} must be None in training mode with gradient checkpointing, but got "
+                f"{type(cache).__name__}: a replayed layer would write its keys twice. Call eval() first."
+            )
+        return False
+
     def _checkpoints_layers(self) -> bool:
         """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
         replayed = torch.is_grad_enabled() or not CHECKPOINTED_LAYERS_KEEP_CACHE
         return self.gradient_checkpointing and self.training and replayed
 
-    # -- inputs -------------------------------------------------------------------------------------------------
-
-    def _levels(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> list[Level]:
-        """One level per iteration: the cache's, or fresh ones that last for this call."""
-        if cache is None:
-            return [Level(grid, cached=False) for grid in self.grids]
-        return bind_levels(cache, self.config, self.grids, inputs_embeds)
-
-    def _read_mask(
+    def _read_call(
         self,
+        inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        levels: list[Level],
-        inputs_embeds: torch.Tensor,
-    ) -> tuple[LeftPadding | None, torch.Tensor | None, bool, int]:
-        """What the mask says of the `(B, past + S)` columns of the batch.
-
-        Returns:
-            the left padding, None where there is none; the 2-D mask for the token layers, None where every column is
-            real; whether a row ends in padding; the number of past columns.
-        """
-        batch, length = inputs_embeds.shape[:2]
-        if cache is None:
-            past = 0
-        elif levels:
-            past = levels[0].past
-        else:
-            past = cache.get_seq_length()
-            if isinstance(past, torch.Tensor):  # the static cache of a plain GPT-NeoX stack
-                if is_torchdynamo_compiling():
-                    padding = None if attention_mask is None else LeftPadding(read_left_padding(attention_mask))
-                    return padding, attention_mask, False, past
-                past = int(past)
-        known, settled = (levels[0].padding, levels[0].settled) if levels else (None, False)
-        static = cache is not None and cache.is_compileable
-        if attention_mask is not None:
-            most = cache.layers[-1].get_max_length() if static else past + length
-            attention_mask = self._check_mask_shape(attention_mask, batch, past, length, most)
-            attention_mask = attention_mask.to(inputs_embeds.device)
-        if any(level.right_padded for level in levels):
-            raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
-        compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
-        trusted = settled and length == 1 and (compiling or not levels[0].mask_unchecked)
-        if attention_mask is None or trusted:
-            # The masks of a static cache have the length of its store.
-            columns = cache.layers[-1].get_max_length() if static else past + length
-            return known, None if known is None else known.real_columns(columns), False, past
-        if compiling:
-            for level in levels:
-                level.mask_unchecked = True
-            if not settled:
-                known = LeftPadding(read_left_padding(attention_mask).clamp(max=past + length))
-            return known, attention_mask, False, past
-
-        real = attention_mask.bool()
-        pads = read_left_padding(attention_mask)
-        after_first = torch.arange(past + length, device=real.device) >= pads[:, None]
-        trailing = real.flip(-1).cumsum(dim=-1).flip(-1) == 0
-        holes = (after_first & ~real & ~trailing).any()
-        right_padded = (after_first & trailing).any()
-        padded = (pads > 0).any()
-        padded, right_padded, holes = torch.stack([padded, right_padded, holes]).tolist()
-        if holes:
-            raise ValueError("`attention_mask` must be zero only before or after a row's tokens, but got holes.")
-        if past and right_padded:
-            raise ValueError("`attention_mask` must not end a row before its newest token when a cache is continued.")
-        before = [0] * batch if known is None else known.on_host
-        if levels and past and pads.clamp(max=past).tolist() != before:
-            raise ValueError(
-                f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
-                f"but got {pads.tolist()}."
-            )
-        for level in levels:
-            level.mask_unchecked = False
-        if not settled:
-            known = LeftPadding(pads) if padded else None
-        return known, attention_mask if padded or right_padded else None, right_padded, past
-
-    def _check_mask_shape(
-        self, attention_mask: torch.Tensor, batch: int, past: int | torch.Tensor, length: int, most: int
-    ) -> torch.Tensor:
-        """The mask `(batch, past + length)`, also out of one that has all the `most` columns of a static cache."""
-        if not isinstance(attention_mask, torch.Tensor):
-            raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
-        shape, columns = tuple(attention_mask.shape), past + length
-        counted = isinstance(past, int)  # a compiled call with a static cache does not look at how many there are
-        if len(shape) != 2 or shape[0] != batch or (counted and shape[1] not in (columns, most)):
-            wanted = (batch, columns if counted else most)
-            raise ValueError(
-                f"`attention_mask` must have shape {wanted} (rows, past and new tokens), but got {shape}. Masks of 4 "
-                "dimensions are not supported: chunks need to know which tokens are real, not who attends to whom. "
-                f"{READ_AGAIN if counted and past else ''}".rstrip()
-            )
-        return attention_mask[:, :columns] if counted else attention_mask
-
-    def _read_positions(
-        self,
         position_ids: torch.Tensor | None,
-        counted: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        past: int | torch.Tensor,
-        given_cache: Cache | None,
-        inputs_embeds: torch.Tensor,
         boundaries: dict[str, torch.Tensor],
-    ) -> Documents | None:
-        """What `position_ids` of shape `(B or 1, S)` say of packed rows: a text starts where they restart.
+        given_cache: Cache | None,
+        uses_cache: bool,
+    ) -> tuple[Batch, list[ResolutionState], Cache | None]:
+        """What the call is about, one state per iteration, and the cache: the one given, or a new one.
 
-        They say nothing else: rows that are not packed have the positions `counted`, and others are refused. They
-        would turn prelude and coda, and leave the chunks where they are.
-
-        Returns:
-            None where no row is packed. To look, a compiled call without a cache leaves the graph (an error with
-            `fullgraph=True`, where no positions can be given). With a cache, compiled calls and steps of one token do
-            not wait for the device: there it is the device that refuses.
+        Without a cache the states last for this call.
         """
-        if position_ids is None:
-            if boundaries:
-                name = next(iter(boundaries))
-                raise ValueError(f"`position_ids` must say where texts start, but got `{name}` without them.")
-            return None
-        batch, length = inputs_embeds.shape[:2]
-        shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
-        if shape not in allowed:
-            raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-        position_ids = position_ids.to(counted.device)
-        wrong, restarts = position_ids != counted, position_ids.diff(dim=-1) <= 0
-        if token_mask is not None:
-            real = token_mask[:, past + torch.arange(length, device=token_mask.device)].bool()
-            wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
-        compiling = (is_torchdynamo_compiling() and given_cache is not None) or torch.jit.is_tracing()
-        if compiling or (length == 1 and counted.device.type != "cpu"):
-            torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
-            return None
-        check_boundaries(boundaries, position_ids.expand(batch, -1))
-        is_wrong, is_packed = torch.stack([wrong.any(), restarts.any()]).tolist()
-        if not is_wrong:
-            return None
-        if not is_packed:
-            raise ValueError(wrong_positions(position_ids, counted, wrong))
-        packed = "`position_ids` restart in a row (packed rows)"
-        if given_cache is not None:
-            raise ValueError(f"{packed}, but {CACHE_ARGUMENT} must be None then: nothing can be appended to them.")
-        if token_mask is not None:
-            raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
-        return Documents(position_ids)
+        every_row, rows = meet_adapters(self), Rows()
+        if uses_cache:
+            cache = DynamicCache(config=self.config) if given_cache is None else given_cache
+            states = find_states(cache, self.config, self.grids, inputs_embeds)
+        else:
+            cache, states = None, [ResolutionState(grid, rows, cached=False) for grid in self.grids]
+        past = read_past(cache, states, is_given=given_cache is not None)
+        batch = read_batch(attention_mask, position_ids, boundaries, inputs_embeds, past)
+        if batch.texts is not None:  # packed rows are read whole: no call goes on from them
+            cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
+        # Nothing is refused from here on: what fails now leaves the cache half written.
+        for state in states:
+            state.begin(batch, inputs_embeds.shape[1], every_row)
+        return batch, states, cache
 
-    def _position_ids(
-        self, padding: LeftPadding | None, past: int | torch.Tensor, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """Rotary positions of the new tokens, `(B or 1, S)`: a row's first real token is 0."""
-        columns = past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        return columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
+    def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:
+        """What the layers of prelude and coda are given."""
+        return {
+            "attention_mask": self._token_mask(batch, cache, inputs_embeds),
+            "position_ids": batch.position_ids,
+            "layer_past": cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
+        }
 
-    def _token_mask(
-        self,
-        token_mask: torch.Tensor | None,
-        documents: Documents | None,
-        cache: Cache | None,
-        inputs_embeds: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """The mask of prelude and coda, sized by the first cache slot at token resolution."""
+    def _token_mask(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+        """The mask of prelude and coda, sized by the first cache entry at token resolution."""
         if not self.prelude and not self.coda:
             return None
-        slot = 0 if self.prelude else self.config.num_hidden_layers - self.config.num_coda_layers
+        entry = 0 if self.prelude else self.config.num_hidden_layers - self.config.num_coda_layers
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=token_mask,
+            attention_mask=batch.token_mask,
             **{CACHE_NAME: cache},
-            position_ids=None if documents is None else documents.position_ids,
-            layer_idx=slot,
+            position_ids=None if batch.texts is None else batch.texts.position_ids,
+            layer_idx=entry,
         )
 
 
@@ -687,7 +535,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Hands on the 2-D mask, from which each level draws its own; as long as a static cache, or every step of
+        """Hands on the 2-D mask, from which each resolution draws its own; as long as a static cache, or every step of
         another length would be compiled again."""
         cache = kwargs.get(CACHE_NAME)
         if attention_mask is None or cache is None or not cache.is_compileable:
@@ -756,10 +604,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         if static and generation_config.prefill_chunk_size is not None:
             # The library compiles these calls. A graph must not allocate what later graphs write to.
             nothing = self.get_input_embeddings().weight.new_empty(given.shape[0], 0, self.config.hidden_size)
-            bind_levels(cache, self.config, self.model.grids, nothing)
+            find_states(cache, self.config, self.model.grids, nothing)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if static:
-            settle_levels(cache)
+            settle_states(cache)
         return outputs
 
 

@@ -126,7 +126,7 @@ def test_the_core_runs_where_a_chunk_fills_and_nowhere_else(pads, offsets):
     passes = []  # (iteration, rows) of every pass of the core
 
     def count(module, args, kwargs):
-        passes.append((kwargs["layer_past"].slot_offset, args[0].shape[0], args[0].shape[1]))
+        passes.append((kwargs["layer_past"].entry_offset, args[0].shape[0], args[0].shape[1]))
 
     prompt = max(pads) + 5
     ids = random_ids(len(pads), prompt + 256)
@@ -160,7 +160,7 @@ def test_a_decode_step_never_waits_for_the_device(static):
         for step in range(32):  # with and without a mask: a step does not look at it
             mask = torch.ones(2, 41 + step, dtype=torch.long, device="meta") if step % 2 else None
             logits = model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
-        assert logits.shape == (2, 1, 61) and cache.layers[1].level.seen == 72
+        assert logits.shape == (2, 1, 61) and cache.layers[1].state.seen == 72
         with pytest.raises((RuntimeError, NotImplementedError)):  # the check can fail: meta tensors do refuse
             cache.layers[1].keys.sum().item()
 
@@ -170,8 +170,8 @@ def states_of(cache) -> list[torch.Tensor]:
     layers = cache.layers
     states = [state for layer in layers for state in (layer.keys, layer.values)]
     for layer in layers:
-        if getattr(layer, "owns_level", False):
-            states += [state for state in (layer.level.tokens, layer.level.latents) if state is not None]
+        if getattr(layer, "owns_state", False):
+            states += [state for state in (layer.state.tokens, layer.state.latents) if state is not None]
     return states
 
 
@@ -191,8 +191,8 @@ def test_bytes_held_follow_the_formula(name):
     extra = sum(
         state.shape[1]
         for layer in cache.layers
-        if getattr(layer, "owns_level", False)
-        for state in (layer.level.tokens, layer.level.latents)
+        if getattr(layer, "owns_state", False)
+        for state in (layer.state.tokens, layer.state.latents)
     )
     shifts = config.resolved_causal_shifts
     assert extra <= sum(g + 1 - (-(s - g + 1) // g) for g, s in zip(config.chunk_sizes, shifts, strict=True))
@@ -261,8 +261,8 @@ def test_state_between_calls_stays_small(pads):
     for count in (40, 1, 1, 1, 1, 9, 1, 1, 1, 1, 1, 1):
         history.feed(count)
         for layer in history.cache.layers:
-            if getattr(layer, "owns_level", False):
-                grid, level = layer.level.grid, layer.level
+            if getattr(layer, "owns_state", False):
+                grid, level = layer.state.grid, layer.state
                 kept = [state for state in (level.tokens, level.latents) if state is not None]
                 assert sum(state.shape[1] for state in kept) <= grid.size + 1 - (
                     -(grid.shift - grid.size + 1) // grid.size
@@ -305,10 +305,10 @@ def test_crop_of_nothing_drops_what_was_recorded():
     history = History({"chunk_sizes": [8, 1]}, [0])
     history.record()
     history.feed(50)
-    level = history.cache.layers[1].level
+    level = history.cache.layers[1].state
     assert level.tokens.shape[1] == 50
     history.crop(0)
-    assert history.cache.layers[1].level.tokens.shape[1] < 8
+    assert history.cache.layers[1].state.tokens.shape[1] < 8
     history.feed(4)
 
 

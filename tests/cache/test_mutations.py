@@ -8,11 +8,12 @@ from histories import random_history
 from support import small_config
 from transformers import DynamicCache
 
-from modeling_spiralformer import cache_spiralformer, level_spiralformer
+from modeling_spiralformer import batch_spiralformer, cache_spiralformer, storage_spiralformer
+from modeling_spiralformer.batch_spiralformer import LeftPadding
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
-from modeling_spiralformer.chunking_spiralformer import ChunkGrid, LeftPadding
-from modeling_spiralformer.level_spiralformer import Level, append_columns, write_columns
-from modeling_spiralformer.modeling_spiralformer import SpiralFormerModel
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.level_spiralformer import ResolutionState
+from modeling_spiralformer.storage_spiralformer import append_columns, write_columns
 
 MODELS = (
     {"chunk_sizes": [4, 2, 1], "num_core_layers": 1},
@@ -32,7 +33,7 @@ def no_operation(self, *args) -> None:
 
 
 def keys_and_values_only(operation: str):
-    """The layer's operation without its level: what a cache that knows only keys and values does."""
+    """The layer's operation without its state: what a cache that knows only keys and values does."""
     changes = {
         "reorder_cache": lambda rows: lambda states: states.index_select(0, rows),
         "batch_select_indices": lambda rows: lambda states: states[rows],
@@ -40,7 +41,7 @@ def keys_and_values_only(operation: str):
     }
 
     def operate(self, argument):
-        if self.level is not None:
+        if self.state is not None:
             change = changes[operation](argument)
             self.keys, self.values = change(self.keys), change(self.values)
 
@@ -48,9 +49,9 @@ def keys_and_values_only(operation: str):
 
 
 def crop_of_keys_and_values_only(self, tokens_to_remove):
-    if self.level is not None:
-        if self.owns_level:
-            self.level.seen += int(tokens_to_remove)
+    if self.state is not None:
+        if self.owns_state:
+            self.state.seen += int(tokens_to_remove)
         columns = self.get_seq_length()
         self.keys, self.values = self.keys[..., :columns, :], self.values[..., :columns, :]
 
@@ -79,46 +80,46 @@ def latents_not_rolled_back(self, tokens_to_remove):
         self.latents = newest[:, newest.shape[1] - self.latents.shape[1] :]
 
 
-def stale_output(self, latents, filling):
+def stale_output(self, latents, filled):
     """The tokens go on reading the chunk before the one that filled last."""
     before = self.latents
-    ORIGINAL["store"](self, latents, filling)
+    ORIGINAL["store"](self, latents, filled)
     if before is not None and before.shape[1] and self.latents.shape[1] > before.shape[1]:
         self.latents = torch.cat([self.latents[:, :-1], before[:, -1:]], dim=1)
 
 
-def rows_change_only_after_the_first_filling(self, change):
+def rows_change_only_after_chunks(self, change):
     if self.latents is not None:
         ORIGINAL["map_rows"](self, change)
 
 
 def padding_is_not_changed_with_the_rows(self, change):
-    padding = self.padding
-    ORIGINAL["map_rows"](self, change)
-    if padding is not None and len(padding.columns) == self.tokens.shape[0]:
-        self.padding = padding
+    padding = self.state.rows.padding if self.state is not None else None
+    ORIGINAL["entry.map_rows"](self, change)
+    if padding is not None and len(padding.columns) == self.state.num_rows:
+        self.state.rows.padding = padding
 
 
 def padding_counted_as_tokens(self, states):
-    self.padding = None
+    self.rows.padding = None
     return ORIGINAL["feed"](self, states)
 
 
-def one_phase_for_all_rows(self, *args, **kwargs):
-    padding, mask, right_padded, past = ORIGINAL["_read_mask"](self, *args, **kwargs)
-    if padding is not None and past:
+def one_phase_for_all_rows(attention_mask, inputs_embeds, past):
+    padding, *rest = ORIGINAL["_read_mask"](attention_mask, inputs_embeds, past)
+    if padding is not None and past.columns:
         padding = LeftPadding(padding.columns[:1].expand(len(padding.columns)))
-    return padding, mask, right_padded, past
+    return padding, *rest
 
 
 def trimmed_one_token_too_many(self, columns, padding):
     return max(0, ORIGINAL["open_tokens"](self, columns, padding) - 1)
 
 
-def filled_columns_written_again(stored, new, filling, *args, **kwargs):
-    if filling.fresh is not None:
-        filling = replace(filling, fresh=torch.ones_like(filling.fresh))
-    return write_columns(stored, new, filling, *args, **kwargs)
+def filled_columns_written_again(stored, new, filled, *args, **kwargs):
+    if filled.new is not None:
+        filled = replace(filled, new=torch.ones_like(filled.new))
+    return write_columns(stored, new, filled, *args, **kwargs)
 
 
 def room_outlives_a_change_of_rows():
@@ -135,14 +136,14 @@ def room_outlives_a_change_of_rows():
 
 
 ORIGINAL = {
-    "crop": Level.crop,
-    "store": Level.store,
-    "map_rows": Level.map_rows,
-    "feed": Level.feed,
-    "_read_mask": SpiralFormerModel._read_mask,
+    "crop": ResolutionState.crop,
+    "store": ResolutionState.store,
+    "map_rows": ResolutionState.map_rows,
+    "entry.map_rows": SpiralFormerLatentLayer.map_rows,
+    "feed": ResolutionState.feed,
+    "_read_mask": batch_spiralformer._read_mask,
     "open_tokens": ChunkGrid.open_tokens,
     "read_position": ChunkGrid.read_position,
-    "attend": SpiralFormerLatentLayer.attend,
 }
 
 MUTATIONS = {
@@ -166,18 +167,18 @@ MUTATIONS = {
     ),
     "crop does nothing": (SpiralFormerLatentLayer, "crop", no_operation),
     "crop of keys and values only": (SpiralFormerLatentLayer, "crop", crop_of_keys_and_values_only),
-    "open chunk not rolled back": (Level, "crop", open_chunk_not_rolled_back),
-    "latents not rolled back": (Level, "crop", latents_not_rolled_back),
+    "open chunk not rolled back": (ResolutionState, "crop", open_chunk_not_rolled_back),
+    "latents not rolled back": (ResolutionState, "crop", latents_not_rolled_back),
     "reset does nothing": (SpiralFormerLatentLayer, "reset", no_operation),
-    "one phase for all rows": (SpiralFormerModel, "_read_mask", one_phase_for_all_rows),
-    "padding does not follow the rows": (Level, "map_rows", padding_is_not_changed_with_the_rows),
-    "padding counted as tokens": (Level, "feed", padding_counted_as_tokens),
+    "one phase for all rows": (batch_spiralformer, "_read_mask", one_phase_for_all_rows),
+    "padding does not follow the rows": (SpiralFormerLatentLayer, "map_rows", padding_is_not_changed_with_the_rows),
+    "padding counted as tokens": (ResolutionState, "feed", padding_counted_as_tokens),
     "missing members of the first chunk counted": (
         ChunkGrid,
         "filling",
         changed_filling(lambda filling: replace(filling, present=None)),
     ),
-    "stale output": (Level, "store", stale_output),
+    "stale output": (ResolutionState, "store", stale_output),
     "shift off by one": (
         ChunkGrid,
         "read_position",
@@ -193,14 +194,18 @@ MUTATIONS = {
         "filling",
         changed_filling(lambda filling: replace(filling, valid=None)),
     ),
-    "rows change only after the first filling": (Level, "map_rows", rows_change_only_after_the_first_filling),
+    "rows change only after the first filling": (
+        ResolutionState,
+        "map_rows",
+        rows_change_only_after_chunks,
+    ),
     "one state of the open chunk lost": (ChunkGrid, "open_tokens", trimmed_one_token_too_many),
     "filled columns written again": (
         cache_spiralformer,
         "write_columns",
         filled_columns_written_again,
     ),
-    "room outlives a change of rows": (level_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
+    "room outlives a change of rows": (storage_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
 }
 
 

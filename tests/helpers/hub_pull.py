@@ -34,7 +34,7 @@ def check_generation(model) -> None:
     """Decoding with a cache gives what decoding without one gave where the model was pushed."""
     for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
         assert torch.equal(model.generate(**BATCH, **SEARCH, **options), EXPECTED["generated"]), options
-    (cached,) = {type(layer).__module__ for layer in cache_of(model).layers if hasattr(layer, "level")}
+    (cached,) = {type(layer).__module__ for layer in cache_of(model).layers if hasattr(layer, "state")}
     own = f"{type(model).__module__.rpartition('.')[0]}.cache_spiralformer"
     files = [Path(sys.modules[name].__file__).parent for name in (cached, own)]
     codes = [{path.name: path.read_bytes() for path in folder.glob("*_spiralformer.py")} for folder in files]

@@ -24,8 +24,8 @@ def filled(model, ids, mask=None) -> DynamicCache:
 def check_whole(cache, columns: int) -> None:
     """What was refused has changed nothing: the cache goes on from where it was."""
     assert cache.get_seq_length() == columns
-    levels = [layer.level for layer in cache.layers if getattr(layer, "owns_level", False)]
-    assert all(level.seen == columns and not level.unfinished for level in levels)
+    levels = [layer.state for layer in cache.layers if getattr(layer, "owns_state", False)]
+    assert all(level.seen == columns and not level.rows.unfinished for level in levels)
 
 
 # -- positions ----------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_recording_that_the_library_switches_off_stops(padded):
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in ((12, 5) if padded else (12, 12))], "left")
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    levels = lambda: [layer.level for layer in cache.layers if getattr(layer, "owns_level", False)]  # noqa: E731
+    levels = lambda: [layer.state for layer in cache.layers if getattr(layer, "owns_state", False)]  # noqa: E731
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
         assert all(level.tokens.shape[1] == 12 for level in levels())  # it did record

@@ -17,10 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import train
 from modeling_spiralformer import SpiralFormerForCausalLM
 
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPTNeoXLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
-}
+FSDP = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 OWN_CORES = {"share_core": False}
 # Name of a run -> its model and what it does otherwise. Each is compared with the plain run of the same model.
 RUNS = {

@@ -283,7 +283,7 @@ def test_a_compiled_forward_leaves_the_graph_for_packed_rows(collator):
 
 def shifted_grid(method: str, change):
     original = getattr(ChunkGrid, method)
-    return lambda self, documents: change(original(self, documents))
+    return lambda self, *given: change(original(self, *given))
 
 
 DELIBERATE_BUGS = {
@@ -312,8 +312,8 @@ def test_the_comparison_catches(method, change, monkeypatch):
 
 def test_the_comparison_catches_a_level_that_does_not_know_of_documents(monkeypatch):
     monkeypatch.setattr(
-        "modeling_spiralformer.modeling_spiralformer.PackedLevel",
-        lambda grid, documents: level_spiralformer.Level(grid, cached=False),
+        "modeling_spiralformer.modeling_spiralformer.PackedState",
+        lambda grid, rows, texts: level_spiralformer.ResolutionState(grid, rows, cached=False),
     )
     assert difference(small_model(), LENGTHS) > 1e-6
 
@@ -323,6 +323,6 @@ def test_the_comparison_catches_token_layers_that_attend_across_documents(monkey
 
     original = SpiralFormerModel._token_mask
     monkeypatch.setattr(
-        SpiralFormerModel, "_token_mask", lambda self, mask, documents, *rest: original(self, mask, None, *rest)
+        SpiralFormerModel, "_token_mask", lambda self, batch, *rest: original(self, replace(batch, texts=None), *rest)
     )
     assert difference(small_model(), LENGTHS) > 1e-6

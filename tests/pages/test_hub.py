@@ -84,9 +84,9 @@ def test_pull_without_the_package(pushed, hub, tmp_path):
     files = {}
     for name, content in hub.files("me/lm", "v1").items():
         if name in CODE:  # a version of the code that works the same, and not together with this one
-            content = content.replace(b".attend(", b".get_ready(").replace(b"def attend(", b"def get_ready(")
+            content = content.replace(b".bind(", b".get_ready(").replace(b"def bind(", b"def get_ready(")
         files[name] = hub.keep(content)
-    assert sum(hub.files("me/lm", "v1")[name].count(b"def attend(") for name in CODE) > 0
+    assert sum(hub.files("me/lm", "v1")[name].count(b"def bind(") for name in CODE) > 0
     other.branches["main"] = other.add_commit(files)
     hub.repositories["me/other-code"] = other
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "hub_pull.py"), str(pushed)]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -150,15 +149,11 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
     Attention is measured where it arises and dropped: held for all layers, it would take most of the memory.
     """
     body, config, recording = model.base_model, model.config, Recording()
-    start, advance = body.topology.start, body.topology.advance
 
-    def record_start(embeddings: torch.Tensor, prelude: torch.Tensor):
-        recording.embeddings, recording.prelude = embeddings, prelude
-        return record_state(*start(embeddings, prelude))
-
-    def record_state(state: torch.Tensor, carrier):
-        recording.states.append(state)
-        return state, carrier
+    def record_state(topology, inputs, outputs):
+        if not recording.states:  # h_0 comes of v and x
+            recording.prelude, recording.embeddings = inputs
+        recording.states.append(outputs[0])
 
     def record_heads(attention, inputs, outputs):
         iteration = len(recording.heads) // config.num_core_layers
@@ -168,8 +163,7 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
         (recording.coda,) = inputs
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(body.topology, "start", record_start))
-        stack.enter_context(patch.object(body.topology, "advance", lambda *states: record_state(*advance(*states))))
+        stack.callback(body.topology.register_forward_hook(record_state).remove)
         for layer in body.core:
             stack.callback(layer.attention.register_forward_hook(record_heads).remove)
         stack.callback(body.norm.register_forward_pre_hook(record_coda).remove)

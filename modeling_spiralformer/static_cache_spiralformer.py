@@ -1,0 +1,382 @@
+# Copyright 2026 The SpiralFormer maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The static cache: states and cache entries in tensors of fixed size and address, so that calls compile.
+
+Registered for `StaticCache`, which `generate(cache_implementation="static")` builds. Shape letters as in
+`level_spiralformer`.
+"""
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from .batch_spiralformer import Batch, Columns, Rows
+from .cache_name_spiralformer import CACHE_ARGUMENT
+from .chunking_spiralformer import ChunkGrid, FilledChunks
+from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
+from .level_spiralformer import LatentEntry, ResolutionState, RowChange, pick_places
+from .storage_spiralformer import copy_columns
+
+
+class Turn:
+    """A place in the round of g columns: whether a row fills a chunk there, and the turn of the next column.
+
+    A compiled step looks at the turn and goes on to the next: it is compiled once for each set of levels that fill
+    together. If it looked at a count of columns, it would be compiled again for every count.
+    """
+
+    def __init__(self, fills: bool):
+        self.fills = fills
+        self.next = self
+
+    @classmethod
+    def round(cls, fills: list[bool]) -> "Turn":
+        """The first of a round of turns."""
+        first = last = cls(fills[0])
+        for fill in fills[1:]:
+            last.next = cls(fill)
+            last = last.next
+        last.next = first
+        return first
+
+    def __reduce__(self):
+        """Copies and pickles as a list: a chain would be followed by recursion."""
+        fills, turn = [self.fills], self.next
+        while turn is not self:
+            fills.append(turn.fills)
+            turn = turn.next
+        return Turn.round, (fills,)
+
+
+class StaticState(ResolutionState):
+    """A resolution's state in tensors of fixed size and address.
+
+    Tokens and latents sit in rings: batch column a has ring index a mod g, latent column c the index c mod n. All
+    positions are tensors, and shapes depend on the number of new tokens alone. Python decides no more than whether the
+    core runs in a one-token step. A padded batch runs all its rows where any of them fills, and writes only those that
+    do. Calls of several tokens run as many latent columns as they could fill at most, and write those that they do.
+
+    Args:
+        max_tokens (`int`): columns of the batch that fit.
+        states: `(B, 0, D)`, no states in the dtype and on the device of those to come.
+    """
+
+    def __init__(self, grid: ChunkGrid, rows: Rows, max_tokens: int, states: torch.Tensor):
+        super().__init__(grid, rows, cached=True)
+        self.max_tokens = max_tokens
+        self.max_latents = -(-max_tokens // grid.size)
+        latents_read = 2 + -(-(grid.shift - grid.size + 1) // grid.size)
+        self.token_ring = states.new_zeros(states.shape[0], grid.size, states.shape[2])
+        self.latent_ring = states.new_zeros(states.shape[0], latents_read, states.shape[2])
+        # `seen`, which a compiled call cannot set
+        self.column = torch.zeros((), dtype=torch.long, device=states.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.seen: int | None = 0  # None once compiled calls have moved `column`
+        self.begun = self.final_padding = False
+        self.tokens = self.latents = None  # of a call of several tokens, while it goes on
+        self.turn: Turn | None = self._turn({0})  # None where only the device knows the padding: every column may fill
+
+    def _turn(self, pads: set[int]) -> Turn:
+        """The turn of the next column, where rows have that padding."""
+        phases, size = {self.grid.phase(p) for p in pads}, self.grid.size
+        return Turn.round([(self.seen + i) % size in phases for i in range(size)])
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ring.shape[0]
+
+    @property
+    def is_new(self) -> bool:
+        return not self.begun
+
+    @property
+    def settled(self) -> bool:
+        return self.final_padding
+
+    @property
+    def past(self) -> Columns:
+        return self.column if is_torchdynamo_compiling() else self.seen
+
+    @property
+    def first_token(self) -> torch.Tensor:
+        return self.column - self.grid.size
+
+    # -- a call -------------------------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch, length: int, every_row: bool) -> None:
+        super().begin(batch, length, every_row)
+        self.begun = True
+        if not is_torchdynamo_compiling():
+            self.settle(length)
+        elif self.rows.padding is None:
+            self.final_padding = True
+        elif not self.final_padding:
+            self.turn = None
+
+    def settle(self, length: int = 0) -> None:
+        """Looks at the padding once it is final after `length` more tokens, to know at which columns rows fill."""
+        if self.final_padding:
+            return
+        pads = {0} if self.rows.padding is None else set(self.rows.padding.on_host)
+        self.turn, self.final_padding = self._turn(pads), max(pads) < self.seen + length
+
+    def feed(self, states: torch.Tensor) -> FilledChunks | None:
+        length, size = states.shape[1], self.grid.size
+        fills = length > 1 or self.turn is None or self.turn.fills
+        if self.turn is not None:
+            for _ in range(length % size):
+                self.turn = self.turn.next
+        self.seen = None if is_torchdynamo_compiling() else self.seen + length
+        if length == 1:
+            self.token_ring.index_copy_(1, (self.column % size)[None], states)
+            return self._filled_by_one_token() if fills else None
+        past = self.column + torch.arange(size, device=states.device)
+        self.tokens = torch.cat([self.token_ring[:, past % size], states], dim=1)
+        self.token_ring.index_copy_(1, (past + length) % size, self.tokens[:, -size:])
+        return self._filled_by(length)
+
+    def _pads(self) -> torch.Tensor:
+        """Left padding as a column vector `(B or 1, 1)`."""
+        padding = self.rows.padding
+        return self.column.new_zeros(1, 1) if padding is None else padding.columns[:, None]
+
+    def _valid(self, end: torch.Tensor) -> torch.Tensor | None:
+        """Where latent columns are filled after `end` columns, `(B, max_latents)`; None where rows agree."""
+        if self.rows.padding is None:
+            return None
+        pads, latents = self._pads(), torch.arange(self.max_latents, device=self.column.device)
+        is_filled = latents * self.grid.size + self.grid.phase(pads) < end
+        return is_filled & (latents >= self.grid.first_latent(pads))
+
+    def _filled_by_one_token(self) -> FilledChunks:
+        pads, size = self._pads(), self.grid.size
+        latent = self.column // size
+        ring_columns = self.column - (self.column - torch.arange(size, device=pads.device)) % size
+        return FilledChunks(
+            first=latent,
+            end=self.max_latents,
+            position_ids=(latent - self.grid.first_latent(pads)).clamp(min=0),
+            member_columns=ring_columns,
+            present=(ring_columns >= pads)[:, None],
+            valid=self._valid(self.column + 1),
+            new=None if self.rows.padding is None else self.column % size == self.grid.phase(pads),
+        )
+
+    def _filled_by(self, length: int) -> FilledChunks:
+        """As many latent columns as `length` tokens can touch, moved back where they would pass the last column."""
+        pads, size, end = self._pads(), self.grid.size, self.column + length
+        count = min((length + size - 2) // size + 1, self.max_latents)
+        if self.seen is None:
+            first = (self.column // size).clamp(max=self.max_latents - count)
+        else:  # an integer where it is known: in eager calls the library looks at it
+            first = min((self.seen - length) // size, self.max_latents - count)
+        latents = first + torch.arange(count, device=pads.device)
+        fill_columns = latents * size + self.grid.phase(pads)
+        member_columns = fill_columns[..., None] + torch.arange(1 - size, 1, device=pads.device)
+        return FilledChunks(
+            first=first,
+            end=self.max_latents,
+            position_ids=(latents - self.grid.first_latent(pads)).clamp(min=0),
+            member_columns=member_columns,
+            present=member_columns >= pads[..., None],
+            valid=self._valid(end),
+            new=(fill_columns >= self.column) & (fill_columns < end),
+        )
+
+    def members(self, filled: FilledChunks) -> torch.Tensor:
+        return self.token_ring[:, None] if self.tokens is None else super().members(filled)
+
+    def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
+        kept = self.latent_ring.shape[1]
+        if self.tokens is None:
+            copy_columns(self.latent_ring, latents, filled.first % kept, filled.new)
+            return
+        count, length = latents.shape[1], self.tokens.shape[1] - self.grid.size
+        self.first_latent = filled.first - kept
+        columns = self.first_latent + torch.arange(kept + count, device=latents.device)
+        stored = self.latent_ring[:, columns % kept]
+        new = torch.where(filled.new[..., None], latents, stored[:, kept:])
+        self.latents = torch.cat([stored[:, :kept], new], dim=1)
+        newest = (self.column + length - 1) // self.grid.size - torch.arange(kept, device=latents.device)
+        self.latent_ring.index_copy_(1, newest % kept, self.latents[:, newest - self.first_latent])
+
+    def readable(self, length: int) -> torch.Tensor:
+        if self.tokens is not None:
+            return self.latents
+        place = self.grid.read_position(self.column, self.grid.phase(self._pads()))
+        rows = torch.arange(self.num_rows, device=place.device)[:, None]
+        return self.latent_ring[rows, place // self.grid.size % self.latent_ring.shape[1]]
+
+    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
+        pads, size = self._pads(), self.grid.size
+        if self.tokens is None:
+            place = self.grid.read_position(self.column, self.grid.phase(pads))
+            rows = torch.arange(self.num_rows, device=pads.device)[:, None]
+            is_readable = self.column - self.grid.shift >= pads
+            return updates[rows, place % size] * is_readable[..., None].to(updates.dtype)
+        columns = self.column + torch.arange(length, device=pads.device)
+        places = self.grid.read_position(columns, self.grid.phase(pads)) - self.first_latent * size
+        return pick_places(updates, places, columns - self.grid.shift >= pads)
+
+    def trim(self, length: int) -> None:
+        """Ends a call of `length` tokens: time moves."""
+        self.tokens = self.latents = None
+        self.column.add_(length)
+
+    # -- cache operations ---------------------------------------------------------------------------------------
+
+    def map_rows(self, change: RowChange) -> None:
+        self.token_ring, self.latent_ring = change(self.token_ring), change(self.latent_ring)
+
+    def reset(self) -> None:
+        """Forgets every state and keeps the tensors."""
+        self._restart()
+        for tensor in (self.token_ring, self.latent_ring, self.column):
+            tensor.zero_()
+
+
+class UncroppableLayer(StaticLayer):
+    """A layer of a static cache, whose latents know no way back: states of fixed size keep no past."""
+
+    is_croppable = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises `ValueError` for any count but 0: before a layer of the cache has changed, since all refuse."""
+        if int(tokens_to_remove) != 0:
+            raise ValueError(
+                f"A static cache must not be cropped, but got {int(tokens_to_remove)}: call reset(), or take "
+                "DynamicCache(config=model.config)."
+            )
+
+
+class SpiralFormerStaticTokenLayer(UncroppableLayer):
+    """The library's static layer, for `StaticCache`."""
+
+    _layer_type = TOKEN_LAYER_TYPE
+
+
+class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
+    """Keys and values over the latents of one (iteration, core layer), of fixed size; for `StaticCache`."""
+
+    _layer_type = LATENT_LAYER_TYPE
+    supports_early_init = False  # it does not know its chunk size before the model first uses it
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len=max_cache_len)
+
+    def bind(self, grid: ChunkGrid, owner: "SpiralFormerStaticLatentLayer", rows: Rows, empty: torch.Tensor) -> None:
+        """As for the dynamic layer: gets ready for its state's first tokens, allocating everything."""
+        if self.state is not None and self.state.num_rows == empty.shape[0]:
+            return
+        if owner is self:
+            states = empty.transpose(1, 2).flatten(2)
+            self.state, self.owns_state = StaticState(grid, rows, self.max_cache_len, states), True
+        self.state = state = owner.state
+        shape = (*empty.shape[:2], state.max_latents, empty.shape[-1])
+        self.keys, self.values = empty.new_zeros(shape), empty.new_zeros(shape)
+        self.dtype, self.device, self.batch_size = empty.dtype, empty.device, empty.shape[0]
+        self.is_initialized = True
+        if not is_torchdynamo_compiling():
+            for tensor in (self.keys, self.values, state.token_ring, state.latent_ring, state.column):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, filled: FilledChunks | None = None, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds `(B, H, K, D // H)` keys and values; returns those of all latent columns."""
+        if filled is None:
+            raise ValueError("`filled` must say which chunks the keys belong to: this cache layer holds latents.")
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            copy_columns(stored, new, filled.first, filled.new)
+        return self.keys, self.values
+
+    @property
+    def cumulative_length(self) -> torch.Tensor:
+        """Raises `ValueError`: whoever asks for it wants to set it, and the latents would stay where they are."""
+        raise ValueError(
+            "A static cache of latents must not be rewound by its `cumulative_length`, as the wrappers of the library "
+            "for ExecuTorch do: call reset(), and export without a cache."
+        )
+
+    @cumulative_length.setter
+    def cumulative_length(self, value: torch.Tensor) -> None:
+        """Of the library's constructor; the state counts."""
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """The number of latent columns that unpadded rows have filled."""
+        return 0 if self.state is None else self.state.grid.num_filled(self.state.column)
+
+    def reset(self) -> None:
+        """Forgets every state and keeps the tensors."""
+        if self.state is None:
+            return
+        self.keys.zero_()
+        self.values.zero_()
+        if self.owns_state:
+            self.state.reset()
+        if self.owns_rows:
+            self.state.rows.reset()
+
+
+def fit_static_layers(cache: Cache, rows: int) -> None:
+    """Lets a static cache that holds no token go on with another number of rows: its token layers allocate anew."""
+    for layer in cache.layers:
+        if getattr(layer, "_layer_type", None) == TOKEN_LAYER_TYPE and layer.is_initialized:
+            layer.is_initialized = layer.batch_size == rows
+
+
+def check_room(states: list[StaticState], length: int) -> None:
+    """Refuses `length` more tokens than fit; compiled calls leave that to the device.
+
+    Raises:
+        `ValueError`: naming the size of the cache.
+    """
+    size = states[0].max_tokens
+    if is_torchdynamo_compiling():
+        torch._assert_async(states[0].column + length <= size, f"{CACHE_ARGUMENT} is full: see its max_cache_len")
+        return
+    _read_column(states)
+    held = states[0].seen + length
+    if held > size:
+        raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
+
+
+def settle_states(cache: Cache) -> None:
+    """Looks at the padding that a compiled prefill left on the device: until then every level runs at every column."""
+    states = [layer.state for layer in cache.layers if getattr(layer, "owns_state", False)]
+    if states:
+        _read_column(states)
+    for state in states:
+        state.settle()
+
+
+def _read_column(states: list[StaticState]) -> None:
+    """Reads from the device how many columns compiled calls have fed, where they have: one read for all states."""
+    if states[0].seen is None:
+        seen = int(states[0].column)
+        for state in states:
+            state.seen = seen
+
+
+__all__ = [
+    "SpiralFormerStaticLatentLayer",
+    "SpiralFormerStaticTokenLayer",
+    "StaticState",
+    "Turn",
+    "check_room",
+    "fit_static_layers",
+    "settle_states",
+]
