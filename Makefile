@@ -15,7 +15,7 @@ OLDEST = 5.17.0
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 5 minutes"
-	@echo "make test         linter and tests"
+	@echo "make test         linter, types, spelling and tests"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
@@ -54,6 +54,8 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-min:

@@ -48,7 +48,10 @@ setup(
         "eval": ["evaluate", "lm-eval[hf]>=0.4.13"],
         "molecules": ["rdkit", "scipy"],
         "dev": [
+            "codespell",
             "hypothesis",
+            "mypy",
+            "pre-commit",
             "pytest",
             "pytest-xdist",
             "ruff",

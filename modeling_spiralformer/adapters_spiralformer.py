@@ -47,7 +47,8 @@ def meet_adapters(model: nn.Module) -> bool:
         if package in REFUSED_TUNERS and not getattr(module, "disable_adapters", True):
             raise ValueError(REFUSED_TUNERS[package])
     by_row = False
-    for module in (*model.core.modules(), *model.resolutions.modules()):  # these see latents
+    latent_parts = [model.get_submodule(name) for name in ("core", "resolutions")]  # these see latents
+    for module in (module for part in latent_parts for module in part.modules()):
         for key in module._forward_pre_hooks_with_kwargs:
             hook = module._forward_pre_hooks[key]
             if getattr(hook, "func", hook).__module__.startswith("peft."):

@@ -17,14 +17,16 @@ import dataclasses
 import difflib
 import hashlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
+from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
+from transformers.utils.type_validators import activation_fn_key, interval
 
 from .cache_name_spiralformer import CACHE_NAME
 
@@ -39,9 +41,6 @@ VERSION = hashlib.sha256(CODE).hexdigest()[:8]
 TOKEN_LAYER_TYPE = f"spiralformer_token_attention_{VERSION}"
 LATENT_LAYER_TYPE = f"spiralformer_latent_attention_{VERSION}"
 
-DOWN_SCALINGS = ("self_aggregation", "mean")
-UP_SCALINGS = ("allocation", "broadcast")
-TOPOLOGIES = ("mesh", "anchor", "residual", "base")
 # Types whose angles do not depend on the length seen so far (with the others a cached key would go stale), each with
 # the parameters that it has beside those of every type.
 ROPE_TYPES = {
@@ -52,6 +51,10 @@ ROPE_TYPES = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 ROPE_PARAMETERS = ("rope_type", "rope_theta", "partial_rotary_factor")
+ROPE_NUMBERS = {*ROPE_PARAMETERS, *(name for names in ROPE_TYPES.values() for name in names)} - {
+    "rope_type",
+    "truncate",
+}
 # Older names of rotary parameters, at the top of a configuration or in its rotary dictionaries; the last only there.
 LEGACY_ROPE_NAMES = {
     "rotary_emb_base": "rope_theta",
@@ -69,18 +72,61 @@ def refuse(field: str, value: object, allowed: str) -> None:
     raise ValueError(f"`{field}` must be {allowed}, but got {value!r}.")
 
 
-def check_integers(field: str, values: object, length: int | None, minimum: int) -> None:
-    """Refuses `values` unless it is a list of integers, of the given length, none of them below `minimum`."""
-    count = "" if length is None else f", one for each of {length} chunk_sizes"
-    is_list = isinstance(values, (list, tuple)) and all(type(value) is int and value >= minimum for value in values)
-    if not is_list or (length is not None and len(values) != length):
-        refuse(field, values, f"a list of integers >= {minimum}{count}")
+# -- validators of one field: `@strict` runs them whenever the field is set, and names it in the error -------------
 
 
-def check_positive(field: str, value: object) -> None:
-    """Refuses `value` unless it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        refuse(field, value, "a finite number > 0")
+def checked(accepts: Callable[[Any], bool], allowed: str) -> Callable:
+    """A field whose values, of the declared type, `accepts` takes: what the library's own validators do not say."""
+
+    @as_validated_field
+    def validate(value):
+        if not accepts(value):
+            raise ValueError(f"Value must be {allowed}, got {value!r}.")
+
+    return validate
+
+
+def is_positive(value: object) -> bool:
+    """Whether `value` is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_floating(dtype: object) -> bool:
+    """Whether `dtype` is None, or a floating-point dtype of torch or the name of one."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype is None or (isinstance(named, torch.dtype) and named.is_floating_point)
+
+
+def numbers_all_labels(id2label: dict | None) -> bool:
+    """Whether the labels are numbered 0, 1, 2, ..., in integers or, as JSON has them, in strings."""
+    if id2label is None:
+        return True
+    return len(id2label) > 0 and {str(number) for number in id2label} == {str(n) for n in range(len(id2label))}
+
+
+@as_validated_field
+def rotary_parameters(parameters: dict | None):
+    """Each rotary parameter by itself, under any of its names; `validate_rotary` looks at them together."""
+    for name, value in (parameters or {}).items():
+        current = NESTED_ROPE_NAMES.get(name, name)
+        if current == "rope_type" and value not in [None, *ROPE_TYPES]:
+            refuse(f"rope_parameters[{name!r}]", value, f"one of {list(ROPE_TYPES)}")
+        if current in ROPE_NUMBERS and value is not None and not is_positive(value):
+            refuse(f"rope_parameters[{name!r}]", value, "a finite number > 0")
+
+
+# `interval` of the oldest supported release takes a bound of 0 for none: it serves where the bound is 1.
+count_from_1 = interval(min=1)
+count_from_0 = checked(lambda value: value >= 0, "an integer >= 0")
+count_or_none = checked(lambda value: value is None or value >= 1, "None or an integer >= 1")
+sizes_from_1 = checked(lambda values: all(value >= 1 for value in values), "a list of integers >= 1")
+tokens_or_none = checked(
+    lambda values: values is None or all(value >= 0 for value in values), "None or a list of integers >= 0"
+)
+dropout_rate = checked(lambda value: 0 <= value < 1, "in [0, 1)")
+positive_number = checked(is_positive, "a finite number > 0")
+floating_dtype = checked(is_floating, "None or a floating-point dtype of torch")
+label_names = checked(numbers_all_labels, "None or the names of the labels 0, 1, 2, ...")
 
 
 INTRODUCTION = r"""
@@ -91,7 +137,8 @@ resolution, `num_core_layers` shared layers that run once for each entry of `chu
 g tokens, and `num_coda_layers` layers at token resolution again.
 
 `num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved. Every impossible
-value raises `StrictDataclassError`, which names the field, the value and what is allowed.
+value raises `StrictDataclassError`, which names the field, the value and what is allowed, whenever the field is set.
+Fields that do not go together raise it in the constructor, in that of the model and on saving.
 """
 
 
@@ -135,51 +182,48 @@ class SpiralFormerConfig(PreTrainedConfig):
     model_type = "spiralformer"
     keys_to_ignore_at_inference = [CACHE_NAME]
 
-    vocab_size: int = 50304
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    num_prelude_layers: int = 2
-    num_core_layers: int = 4
-    num_coda_layers: int = 2
-    chunk_sizes: list[int] | tuple[int, ...] = (8, 4, 2, 1)
-    chunk_offsets: list[int] | tuple[int, ...] | None = None
-    causal_shifts: list[int] | tuple[int, ...] | None = None
-    down_scaling: str = "self_aggregation"
-    up_scaling: str = "allocation"
-    topology: str = "mesh"
-    num_memory_slots: int | None = None
+    vocab_size: int = count_from_1(default=50304)
+    hidden_size: int = count_from_1(default=768)
+    intermediate_size: int = count_from_1(default=3072)
+    num_attention_heads: int = count_from_1(default=12)
+    num_prelude_layers: int = count_from_0(default=2)
+    num_core_layers: int = count_from_0(default=4)
+    num_coda_layers: int = count_from_0(default=2)
+    chunk_sizes: list[int] | tuple[int, ...] = sizes_from_1(default=(8, 4, 2, 1))
+    chunk_offsets: list[int] | tuple[int, ...] | None = tokens_or_none(default=None)
+    causal_shifts: list[int] | tuple[int, ...] | None = tokens_or_none(default=None)
+    down_scaling: Literal["self_aggregation", "mean"] = "self_aggregation"
+    up_scaling: Literal["allocation", "broadcast"] = "allocation"
+    topology: Literal["mesh", "anchor", "residual", "base"] = "mesh"
+    num_memory_slots: int | None = count_or_none(default=None)
     share_core: bool = True
-    rope_parameters: dict | None = None
+    rope_parameters: dict | None = rotary_parameters(default=None)
     scale_embeddings: bool = True
-    max_position_embeddings: int = 4096
+    max_position_embeddings: int = count_from_1(default=4096)
     use_parallel_residual: bool = True
     attention_bias: bool = True
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float | int = 0.0
-    hidden_dropout: float | int = 0.0
-    classifier_dropout: float | int = 0.1
-    initializer_range: float = 0.02
+    hidden_act: str = activation_fn_key(default="gelu")
+    layer_norm_eps: float = positive_number(default=1e-5)
+    attention_dropout: float | int = dropout_rate(default=0.0)
+    hidden_dropout: float | int = dropout_rate(default=0.0)
+    classifier_dropout: float | int = dropout_rate(default=0.1)
+    initializer_range: float = positive_number(default=0.02)
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
     use_cache: bool = True
+    # The library's own fields once more: it leaves their types as text, which `@strict` does not read.
+    dtype: str | torch.dtype | None = floating_dtype(default=None)
+    id2label: dict[int, str] | dict[str, str] | None = label_names(default=None)
+    label2id: dict[str, int] | dict[str, str] | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     def __post_init__(self, **kwargs):
         for fault in self.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
-        for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
-            named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-            if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-                refuse(name, dtype, "None or a floating-point dtype of torch")
-        if self.id2label is not None:
-            numbers = [str(number) for number in self.id2label] if isinstance(self.id2label, dict) else []
-            if not numbers or set(numbers) != {str(number) for number in range(len(numbers))}:
-                refuse("id2label", self.id2label, "None or the names of the labels 0, 1, 2, ...")
-        if not isinstance(self.label2id, dict | None):
-            refuse("label2id", self.label2id, "None or the numbers of the labels")
+        if not is_floating(kwargs.get("torch_dtype")):
+            refuse("torch_dtype", kwargs["torch_dtype"], "None or a floating-point dtype of torch")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -214,9 +258,9 @@ class SpiralFormerConfig(PreTrainedConfig):
         missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
-            given = [parameters for parameters in rotary if isinstance(parameters, dict)]
-            given.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
-            named = {NESTED_ROPE_NAMES.get(name, name) for part in given for name in part if part[name] is not None}
+            rotary.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
+            parts = [parameters for parameters in rotary if isinstance(parameters, dict)]
+            named = {NESTED_ROPE_NAMES.get(name, name) for part in parts for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
         names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
@@ -225,7 +269,7 @@ class SpiralFormerConfig(PreTrainedConfig):
             faults.append("`label2id` is not `id2label` the other way round.")
         return faults
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
 
         What is saved, or pushed, loads without this package by `trust_remote_code=True`.
@@ -233,10 +277,10 @@ class SpiralFormerConfig(PreTrainedConfig):
         # The library copies a file's relative imports with it, found in its text: this line brings the model's file.
         from .modeling_spiralformer import AUTO_CLASSES
 
-        known = {"AutoConfig": type(self)} | AUTO_CLASSES
-        known = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in known.items()}
+        classes: dict[str, type] = {"AutoConfig": type(self), **AUTO_CLASSES}
+        known = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in classes.items()}
         self.auto_map = known | (getattr(self, "auto_map", None) or {})
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # -- derived from the schedule ------------------------------------------------------------------------------
 
@@ -284,35 +328,35 @@ class SpiralFormerConfig(PreTrainedConfig):
         refuse("layer_types", value, "left alone: it follows from the schedule")
 
     def core_entries(self, iteration: int) -> range:
-        """The cache entries of an iteration's core layers."""
+        """Entries of the cache that the core layers of an iteration have: those of the prelude come before them.
+
+        The order is prelude, core layers of iteration 0, of iteration 1, ..., coda. Raises ValueError for an iteration
+        that the schedule lacks.
+        """
+        if iteration not in range(self.num_iterations):
+            refuse("iteration", iteration, f"one of the {self.num_iterations} of the schedule, counted from 0")
         first = self.num_prelude_layers + iteration * self.num_core_layers
         return range(first, first + self.num_core_layers)
 
-    # -- validation: `@strict` runs every `validate_*` at construction, and the model runs them once more -------
+    # -- several fields together: `@strict` runs every `validate_*` at construction and on saving, the model once more.
+    # Not when a field is set: two fields that go together could not be changed one after the other.
 
     def validate_architecture(self):
-        """The widths and counts of the stack."""
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            if getattr(self, field) < 1:
-                refuse(field, getattr(self, field), "an integer >= 1")
+        """Heads share the width."""
         if self.hidden_size % self.num_attention_heads:
             refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads ({self.num_attention_heads})")
-        for field in ("num_prelude_layers", "num_core_layers", "num_coda_layers"):
-            if getattr(self, field) < 0:
-                refuse(field, getattr(self, field), "an integer >= 0")
-        if self.max_position_embeddings < 1:
-            refuse("max_position_embeddings", self.max_position_embeddings, "an integer >= 1")
 
     def validate_schedule(self):
-        """Chunk sizes, offsets and shifts (tuples become lists), and the layer counts that go with them."""
+        """Chunk sizes, offsets and shifts, and the layer counts that go with them.
+
+        Tuples become lists, and a list that was changed in place is looked at again.
+        """
         for field in ("chunk_sizes", "chunk_offsets", "causal_shifts"):
-            if isinstance(getattr(self, field), tuple):
-                setattr(self, field, list(getattr(self, field)))
-        check_integers("chunk_sizes", self.chunk_sizes, length=None, minimum=1)
-        if self.chunk_offsets is not None:
-            check_integers("chunk_offsets", self.chunk_offsets, self.num_iterations, minimum=0)
-        if self.causal_shifts is not None:
-            check_integers("causal_shifts", self.causal_shifts, self.num_iterations, minimum=0)
+            values = getattr(self, field)
+            if values is not None:
+                setattr(self, field, list(values))
+                if len(values) != self.num_iterations:
+                    refuse(field, values, f"a list of {self.num_iterations}, one for each of the chunk_sizes")
         for size, offset, shift in zip(
             self.chunk_sizes, self.resolved_chunk_offsets, self.resolved_causal_shifts, strict=True
         ):
@@ -331,24 +375,13 @@ class SpiralFormerConfig(PreTrainedConfig):
             allowed = f">= 1 where the first chunk size ({self.chunk_sizes[0]}) exceeds 1: cache slot 0 counts tokens"
             refuse("num_prelude_layers", self.num_prelude_layers, allowed)
 
-    def validate_choices(self):
-        """The options that are one of a few words, and the number of MeSH slots."""
-        for field, allowed in (
-            ("down_scaling", DOWN_SCALINGS),
-            ("up_scaling", UP_SCALINGS),
-            ("topology", TOPOLOGIES),
-        ):
-            if getattr(self, field) not in allowed:
-                refuse(field, getattr(self, field), f"one of {list(allowed)}")
-        if self.hidden_act not in ACT2FN:
-            refuse("hidden_act", self.hidden_act, f"one of {sorted(ACT2FN)}")
+    def validate_memory_slots(self):
+        """MeSH alone has slots, and only where there is a loop."""
         if self.num_memory_slots is not None:
             if self.topology != "mesh":
                 refuse("num_memory_slots", self.num_memory_slots, f'None with topology "{self.topology}"')
             if not self.chunk_sizes:
                 refuse("num_memory_slots", self.num_memory_slots, "None where chunk_sizes is empty")
-            if self.num_memory_slots < 1:
-                refuse("num_memory_slots", self.num_memory_slots, "None or an integer >= 1")
 
     def validate_rotary(self):
         """The rotary embedding: fixed angles, on an even number of dimensions of each head.
@@ -356,28 +389,17 @@ class SpiralFormerConfig(PreTrainedConfig):
         Fills in the defaults first: an override at `from_pretrained` arrives without them.
         """
         self.convert_rope_params_to_dict()
-        rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in list(ROPE_TYPES):  # a list takes what has no hash
-            refuse("rope_parameters['rope_type']", rope_type, f"one of {list(ROPE_TYPES)}")
+        parameters: dict = self.rope_parameters or {}
+        rope_type = parameters["rope_type"]
         allowed = [*ROPE_PARAMETERS, *ROPE_TYPES[rope_type]]
-        for field, value in self.rope_parameters.items():
+        for field, value in parameters.items():
             if field not in allowed:
                 refuse(f"rope_parameters[{field!r}]", value, f"left out: rope_type {rope_type!r} has {allowed}")
-            if field not in ("rope_type", "truncate"):
-                check_positive(f"rope_parameters['{field}']", value)
-        share, head_size = self.rope_parameters["partial_rotary_factor"], self.hidden_size // self.num_attention_heads
+        share, head_size = parameters["partial_rotary_factor"], self.hidden_size // self.num_attention_heads
         rotary_dims = int(head_size * share)
         if share > 1 or rotary_dims < 2 or rotary_dims % 2:
-            allowed = f"in (0, 1] and give an even number >= 2 of the {head_size} dimensions of a head"
-            refuse("rope_parameters['partial_rotary_factor']", share, allowed)
-
-    def validate_rates(self):
-        """Dropouts and scales."""
-        for field in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                refuse(field, getattr(self, field), "in [0, 1)")
-        for field in ("layer_norm_eps", "initializer_range"):
-            check_positive(field, getattr(self, field))
+            even = f"in (0, 1] and give an even number >= 2 of the {head_size} dimensions of a head"
+            refuse("rope_parameters['partial_rotary_factor']", share, even)
 
     def validate_layer_type(self):
         """Nothing to check: `layer_types` is derived, and the library's list does not know latents."""

@@ -70,13 +70,10 @@ def decode_calls(model: PreTrainedModel, column: int, padding: list[int]) -> lis
         return [LayerCall(layer, rows, column + 1) for layer in model.gpt_neox.layers]
     body, config = model.model, model.config
     calls = [LayerCall(layer, rows, column + 1) for layer in body.prelude]
-    for size, offset, shift in zip(
-        config.chunk_sizes, config.resolved_chunk_offsets, config.resolved_causal_shifts, strict=True
-    ):
-        grid = ChunkGrid(size, offset, shift)
-        filling = sum(column % size == grid.phase(pads) for pads in padding)
+    for grid in ChunkGrid.of(config):
+        filling = sum(column % grid.size == grid.phase(pads) for pads in padding)
         if filling:
-            calls += [LayerCall(layer, filling, column // size + 1) for layer in body.core]
+            calls += [LayerCall(layer, filling, column // grid.size + 1) for layer in body.core]
     return calls + [LayerCall(layer, rows, column + 1) for layer in body.coda]
 
 
@@ -87,8 +84,7 @@ def call_lengths(config: PreTrainedConfig, length: int) -> list[int]:
     """How many tokens or latents each layer call of a forward over `length` tokens attends over."""
     if not isinstance(config, SpiralFormerConfig):
         return [length] * config.num_hidden_layers
-    levels = zip(config.chunk_sizes, config.resolved_chunk_offsets, strict=True)
-    latents = [(length + offset) // size for size, offset in levels for _ in range(config.num_core_layers)]
+    latents = [grid.num_filled(length) for grid in ChunkGrid.of(config) for _ in range(config.num_core_layers)]
     return [length] * (config.num_prelude_layers + config.num_coda_layers) + latents
 
 

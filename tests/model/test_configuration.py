@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.cache_name_spiralformer import CACHE_NAME
-from modeling_spiralformer.configuration_spiralformer import TOKEN_LAYER_TYPE
+from modeling_spiralformer.configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
 
 
 def test_defaults_are_the_160m_spiralformer_b():
@@ -34,6 +34,16 @@ def test_derived_values_follow_the_schedule_and_cannot_be_set():
             setattr(config, field, value)
         with pytest.raises(ValueError, match=field):
             small_config(**{field: value})
+
+
+def test_entries_of_core_layers_are_the_latent_ones_in_order():
+    config = small_config(num_prelude_layers=2, num_core_layers=3, num_coda_layers=1, chunk_sizes=[4, 2])
+    assert [list(config.core_entries(t)) for t in range(2)] == [[2, 3, 4], [5, 6, 7]]
+    latents = [entry for entry, kind in enumerate(config.layer_types) if kind == LATENT_LAYER_TYPE]
+    assert [*config.core_entries(0), *config.core_entries(1)] == latents
+    for iteration in (-1, 2):
+        with pytest.raises(ValueError, match=f"`iteration` must be one of the 2 .* but got {iteration}"):
+            config.core_entries(iteration)
 
 
 def test_json_round_trip_keeps_none_and_stores_nothing_derived(tmp_path):
@@ -96,6 +106,91 @@ def test_impossible_values_are_refused_by_name(options, field, value):
     with pytest.raises(StrictDataclassError) as error:
         small_config(**options)
     assert field in str(error.value) and value in str(error.value)
+
+
+# A value of each field that no model can have, or more where there is more than one way to be wrong.
+WRONG = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), [0, -1, "16", 1.5]),
+    **dict.fromkeys(("num_prelude_layers", "num_core_layers", "num_coda_layers"), [-1, None, True]),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "classifier_dropout"), [2.0, 1, -0.1, float("nan"), "0.1"]
+    ),
+    **dict.fromkeys(("layer_norm_eps", "initializer_range"), [0.0, -1.0, float("inf"), float("nan"), "1e-5"]),
+    **dict.fromkeys(("share_core", "scale_embeddings", "use_parallel_residual", "attention_bias"), ["no", 0]),
+    **dict.fromkeys(("tie_word_embeddings", "use_cache"), ["no", 0]),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ["0", 0.5]),
+    "num_attention_heads": [0, -2],
+    "chunk_sizes": [[0], [4, 1.5], "421", None],
+    "chunk_offsets": [[-1, 0, 0], ["1"], 2],
+    "causal_shifts": [[3, -1, 0], (True,)],
+    "down_scaling": ["max", None],
+    "up_scaling": ["copy"],
+    "topology": ["ring", ""],
+    "hidden_act": ["sharp", None],
+    "num_memory_slots": [0, -3, 2.0],
+    "rope_parameters": [{"rope_type": "dynamic"}, {"type": "longrope"}, {"rope_theta": -1.0}, {"rotary_pct": "a"}, 4],
+    "dtype": ["float33", "int8", torch.int8, 16],
+    "id2label": [{}, {1: "a"}, {0: "a", 2: "b"}, ["a"]],
+    "label2id": [["a"], {"a": 0.5}],
+    "problem_type": ["ranking"],
+}
+
+
+def test_a_wrong_value_is_known_of_every_field():
+    assert set(WRONG) == set(SpiralFormerConfig.__annotations__)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_value_set_later_is_refused_and_changes_nothing(field, value):
+    config = small_config()
+    before = config.to_dict()
+    with pytest.raises(StrictDataclassError) as error:
+        setattr(config, field, value)
+    came = list(value.values())[-1] if value and isinstance(value, dict) else value
+    assert f"'{field}'" in str(error.value) and str(came) in str(error.value)
+    assert config.to_dict() == before
+    with pytest.raises(StrictDataclassError, match=field):
+        small_config(**{field: value})
+
+
+def test_no_labels_at_all_are_refused_too():
+    config = small_config()
+    with pytest.raises(StrictDataclassError, match="(?s)id2label.*the names of the labels 0, 1, 2.*got {}"):
+        config.num_labels = 0
+    assert config.num_labels == 2
+
+
+def test_fields_that_go_together_change_one_after_the_other(tmp_path):
+    config = small_config(chunk_sizes=[4, 2, 1], num_memory_slots=5)
+    config.chunk_offsets = [0, 0]
+    for use in (SpiralFormerForCausalLM, lambda config: config.save_pretrained(tmp_path)):
+        with pytest.raises(StrictDataclassError, match=r"chunk_offsets.* but got \[0, 0\]"):
+            use(config)
+    assert not (tmp_path / "config.json").exists()
+    config.chunk_sizes = [4, 2]
+    config.topology = "residual"
+    with pytest.raises(StrictDataclassError, match="num_memory_slots.* but got 5"):
+        SpiralFormerForCausalLM(config)
+    config.num_memory_slots = None
+    SpiralFormerForCausalLM(config).save_pretrained(tmp_path)
+    assert SpiralFormerConfig.from_pretrained(tmp_path).chunk_offsets == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("chunk_sizes", lambda sizes: sizes.__setitem__(0, 0), "chunk_sizes.*>= 1.*0, 2, 1"),
+        ("chunk_offsets", lambda offsets: offsets.__setitem__(0, -1), "chunk_offsets.*>= 0.*-1, 0, 0"),
+        ("chunk_sizes", lambda sizes: sizes.append(2.5), "chunk_sizes.*2.5"),
+        ("rope_parameters", lambda parameters: parameters.update(rope_theta=-1.0), "rope_theta.*> 0.*-1.0"),
+    ],
+)
+def test_a_list_or_dictionary_changed_in_place_is_refused_by_model_and_file(field, change, message, tmp_path):
+    config = small_config(chunk_sizes=[4, 2, 1], chunk_offsets=[0, 0, 0])
+    change(getattr(config, field))
+    for use in (SpiralFormerForCausalLM, lambda config: config.save_pretrained(tmp_path)):
+        with pytest.raises(StrictDataclassError, match=f"(?s){message}"):
+            use(config)
 
 
 def test_rotary_quarter_survives_parameters_that_do_not_name_it():

@@ -16,7 +16,7 @@ from shutil import copyfile
 from unittest.mock import patch
 
 import pytest
-from documents import MAKEFILE, OLDEST, ROOT, blocks, offline
+from documents import MAKEFILE, OLDEST, PAGES, ROOT, blocks, offline
 from imports import imports_of
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -288,6 +288,27 @@ def test_the_wheel_alone_runs_the_code_of_the_readme(installed, tmp_path):
     assert Path(printed[-1]).is_relative_to(installed.parents[1])
     assert len(CONFIGURATIONS) == 23 and printed[0].startswith("[")
     assert [path.name for path in tmp_path.iterdir()] == ["my_model"]
+
+
+@needs_git
+@pytest.mark.processes
+def test_no_extra_promises_a_command_that_the_wheel_lacks(built):
+    """The commands stay in the checkout: the pages install every extra from there, and a wheel declares no command."""
+    (information,) = {name.split("/")[0] for name in wheel_files(built)} - {"modeling_spiralformer"}
+    assert information.endswith(".dist-info") and f"{information}/entry_points.txt" not in wheel_files(built)
+    asked = [
+        extra
+        for page in PAGES
+        for extra in re.findall(r"\S*\[(?:train|eval|molecules|dev)\b[^]]*\]", page.read_text())
+    ]
+    assert asked and {extra.split("[")[0].strip('`"') for extra in asked} == {"."}
+
+
+@needs_git
+@pytest.mark.processes
+def test_a_type_checker_takes_the_types_of_an_installed_package(built):
+    """It looks for `py.typed`, and without one for nothing else."""
+    assert "modeling_spiralformer/py.typed" in wheel_files(built)
 
 
 @needs_git

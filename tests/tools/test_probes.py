@@ -194,10 +194,11 @@ def test_metrics_are_those_of_the_attentions_that_the_model_gives_out(options):
     model.set_attn_implementation("eager")
     for sequence, row in enumerate(ids):
         attentions = model(row[None], use_cache=False, output_attentions=True).attentions
-        core = attentions[config.num_prelude_layers : len(attentions) - config.num_coda_layers]
+        assert len(attentions) == config.num_hidden_layers
+        core = [(t, i, entry) for t in range(config.num_iterations) for i, entry in enumerate(config.core_entries(t))]
         assert len(core) == config.num_iterations * config.num_core_layers
-        for call, attention in enumerate(core):
-            iteration, layer = divmod(call, config.num_core_layers)
+        for iteration, layer, entry in core:
+            attention = attentions[entry]
             assert attention.shape == (1, 2, latents[iteration], latents[iteration])
             for head, matrix in enumerate(attention[0].detach().numpy()):
                 by_hand = metrics_by_hand(matrix, config.chunk_sizes[iteration])

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_spiralformer import SpiralFormerConfig
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from workshop.checkpoints import load_config, load_model, load_tokenizer
 from workshop.files import read_text
 from workshop.tables import config_schedule
@@ -212,9 +213,8 @@ def check_looped(config: PreTrainedConfig) -> None:
 
 def check_length(config: SpiralFormerConfig, length: int) -> None:
     """Raises ValueError where sequences of `length` tokens are too short or too long for a model."""
-    geometry = zip(config.chunk_sizes, config.resolved_chunk_offsets, config.resolved_causal_shifts, strict=True)
     # Entropy needs two latents, and some token must come after the shift to have an update.
-    shortest = max(max(2 * size - offset, shift + 1) for size, offset, shift in geometry)
+    shortest = max(max(2 * grid.size - grid.offset, grid.shift + 1) for grid in ChunkGrid.of(config))
     longest = config.max_position_embeddings
     if not shortest <= length <= longest:
         raise ValueError(
@@ -247,8 +247,7 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
             updates.append({name: size.cpu() for name, size in recording.updates(config).items()})
     # (2, sequences, T * N, H) as `[metric][sequence][iteration][core layer][head]`
     samples = torch.cat(heads, dim=1).double().unflatten(2, (config.num_iterations, config.num_core_layers))
-    schedule = zip(config.chunk_sizes, config.resolved_chunk_offsets, strict=True)
-    counts = [(sequences.shape[1] + offset) // size for size, offset in schedule]
+    counts = [grid.num_filled(sequences.shape[1]) for grid in ChunkGrid.of(config)]
     uniform = [measure(uniform_attention(k), g).tolist() for k, g in zip(counts, config.chunk_sizes, strict=True)]
     return {
         "schedule": config_schedule(config),
