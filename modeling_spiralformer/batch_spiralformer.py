@@ -18,6 +18,7 @@ Shape letters: B batch, S new tokens. A column is a place in the padded batch, c
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -25,6 +26,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from .cache_name_spiralformer import CACHE_ARGUMENT
 
 Columns = int | torch.Tensor  # a number of columns: a tensor where a compiled call does not look at it
+MaybeNone = Any  # `X | MaybeNone` is None only where nobody looks: the type checker does not ask
 
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -216,7 +218,7 @@ def _read_mask(
     if past.rows is not None and past.rows.right_padded:
         raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
     compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
-    trusted = past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
+    trusted = past.rows is not None and past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
     if attention_mask is None or trusted:
         columns = past.columns + length if past.room is None else past.room
         return padding, None if padding is None else padding.real_columns(columns), False, None

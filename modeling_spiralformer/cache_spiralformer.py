@@ -21,7 +21,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Past, Rows
+from .batch_spiralformer import Columns, Past, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
@@ -32,6 +32,9 @@ from .storage_spiralformer import append_columns, write_columns
 
 class GrowingLayer(DynamicLayer):
     """A dynamic layer whose keys and values grow without being copied at every step."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, **kwargs):
         super().__init__()  # of 5.17, which hands every layer the arguments of all kinds
@@ -178,13 +181,13 @@ def find_states(
     # A static cache counts in a tensor, which a compiled call cannot look at.
     if is_new and ((static and is_torchdynamo_compiling()) or cache.layers[0].get_seq_length() == 0):
         _start(cache, core, config, grids, inputs_embeds)
-    states = [owner.state for owner in owners]
+    states = [owner.state for owner in owners if owner.state is not None]
     _check_states(states, grids, inputs_embeds.shape[0])
     if static:
         check_room(states, inputs_embeds.shape[1])
         return states
-    for owner in owners:
-        owner.state.recording = owner.record_past
+    for owner, state in zip(owners, states, strict=True):
+        state.recording = owner.record_past
     seen, tokens = [state.seen for state in states], cache.get_seq_length()
     if set(seen) != {tokens}:
         raise ValueError(f"{BUILT_FOR} and whole, but its levels hold {seen} of {tokens} tokens.")
@@ -255,8 +258,8 @@ def _start(
             layer.bind(grid, layers[0], rows, empty)
 
 
-def _check_states(states: list[ResolutionState | None], grids: list[ChunkGrid], rows: int) -> None:
-    if [None if state is None else state.grid for state in states] != grids:
+def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:
+    if [state.grid for state in states] != grids:
         raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
     if states[0].rows.unfinished:
         raise ValueError(f"{BUILT_FOR} and whole, but an error ended a forward that was writing to it: call reset().")
@@ -285,7 +288,7 @@ class IterationCache:
         """As `Cache.update`, into this iteration's entry of the layer."""
         return self.cache.update(key_states, value_states, layer_idx + self.entry_offset, self.filled)
 
-    def get_query_offset(self, layer_idx: int) -> int:
+    def get_query_offset(self, layer_idx: int) -> Columns:
         """The first latent column that runs."""
         return self.filled.first
 

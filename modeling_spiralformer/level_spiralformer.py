@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .batch_spiralformer import Batch, Columns, LeftPadding, PackedTexts, Rows
+from .batch_spiralformer import Batch, Columns, LeftPadding, MaybeNone, PackedTexts, Rows
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .storage_spiralformer import write_columns
 
@@ -57,7 +57,7 @@ class ResolutionState:
         self.cached = cached
         self.recording = False
         self.seen = 0  # columns of the batch so far: a cache that was half cropped has states that disagree
-        self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
+        self.tokens: torch.Tensor | MaybeNone = None  # (B, n, D), the newest n columns
         self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
         self.first_latent = 0
 
@@ -241,6 +241,9 @@ class LatentEntry:
     state: ResolutionState | None = None
     owns_state = False
     owns_rows = False
+    record_past: bool  # of a dynamic cache
+    keys: torch.Tensor  # (B, H, K, D // H), and the values
+    values: torch.Tensor
 
     def map_rows(self, change: RowChange) -> None:
         """Applies a change of the batch dimension to keys and values, and to what the entry owns.

@@ -59,7 +59,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapters_spiralformer import meet_adapters
-from .batch_spiralformer import BOUNDARIES, Batch, Rows, read_batch
+from .batch_spiralformer import BOUNDARIES, Batch, MaybeNone, Rows, read_batch
 from .cache_name_spiralformer import (
     CACHE_ARGUMENT,
     CACHE_NAME,
@@ -160,7 +160,7 @@ class SpiralFormerResolution(nn.Module):
         length = hidden_states.shape[1]
         filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
         if filled is not None:
-            latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
+            latents: torch.Tensor | None = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
             latents = core(latents, filled, cache)  # zhat = f_loop(z)
             state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
         latents = state.readable(length)
@@ -213,7 +213,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
+    _no_split_modules: set[str] | list[str] = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -273,7 +273,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
         self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
-        self.topology = None
+        self.topology: nn.Module | MaybeNone = None
         if iterations:
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
@@ -554,7 +554,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             "left-padded batch."
         )
 
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         """Infers a mask from pad ids as the library does, and refuses pad ids after a row's first token.
 
         The draft of assisted decoding runs `generate()` again and again on the text of its target, without the mask
@@ -603,7 +603,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         static = cache is not None and cache.is_compileable
         if static and generation_config.prefill_chunk_size is not None:
             # The library compiles these calls. A graph must not allocate what later graphs write to.
-            nothing = self.get_input_embeddings().weight.new_empty(given.shape[0], 0, self.config.hidden_size)
+            nothing = self.model.embed_tokens.weight.new_empty(given.shape[0], 0, self.config.hidden_size)
             find_states(cache, self.config, self.model.grids, nothing)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if static:

@@ -21,7 +21,7 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Batch, Columns, Rows
+from .batch_spiralformer import Batch, Columns, MaybeNone, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
@@ -84,7 +84,7 @@ class StaticState(ResolutionState):
         self._restart()
 
     def _restart(self) -> None:
-        self.seen: int | None = 0  # None once compiled calls have moved `column`
+        self.seen: int | MaybeNone = 0  # None once compiled calls have moved `column`
         self.begun = self.final_padding = False
         self.tokens = self.latents = None  # of a call of several tokens, while it goes on
         self.turn: Turn | None = self._turn({0})  # None where only the device knows the padding: every column may fill
@@ -220,7 +220,7 @@ class StaticState(ResolutionState):
         rows = torch.arange(self.num_rows, device=place.device)[:, None]
         return self.latent_ring[rows, place // self.grid.size % self.latent_ring.shape[1]]
 
-    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
+    def shift(self, updates: torch.Tensor | MaybeNone, length: int) -> torch.Tensor:
         pads, size = self._pads(), self.grid.size
         if self.tokens is None:
             place = self.grid.read_position(self.column, self.grid.phase(pads))
