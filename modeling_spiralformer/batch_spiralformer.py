@@ -25,8 +25,9 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_name_spiralformer import CACHE_ARGUMENT
 
-Columns = int | torch.Tensor  # a number of columns: a tensor where a compiled call does not look at it
-MaybeNone = Any  # `X | MaybeNone` is None only where nobody looks: the type checker does not ask
+# Type checkers take `X | Any` for an X, and ask for no look at it.
+MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
+Columns = int | Any  # how many columns, or which one: a tensor where a compiled call does not look at it
 
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")

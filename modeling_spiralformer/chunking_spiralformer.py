@@ -55,7 +55,7 @@ class FilledChunks:
     first: Columns
     end: int
     position_ids: torch.Tensor
-    member_columns: Columns
+    member_columns: torch.Tensor | int
     present: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     valid: torch.Tensor | None = None

@@ -241,9 +241,11 @@ class LatentEntry:
     state: ResolutionState | None = None
     owns_state = False
     owns_rows = False
-    record_past: bool  # of a dynamic cache
-    keys: torch.Tensor  # (B, H, K, D // H), and the values
-    values: torch.Tensor
+    # What its subclasses have. None is what keys and values are in an entry that holds nothing.
+    keys: torch.Tensor | MaybeNone  # (B, H, columns, D // H)
+    values: torch.Tensor | MaybeNone
+    record_past: bool  # in a dynamic cache
+    bind: Callable[..., None]
 
     def map_rows(self, change: RowChange) -> None:
         """Applies a change of the batch dimension to keys and values, and to what the entry owns.

@@ -133,11 +133,11 @@ class SpiralFormerResolution(nn.Module):
         # CODEPATH: every published model scores the members of a chunk; "mean" is the paper's baseline.
         if self.chunk_size > 1 and config.down_scaling == "self_aggregation":
             self.scorer = nn.Linear(config.hidden_size, 1)
-            self.scorer.initial_std = 0.0  # starts as the mean
+            self.scorer.initial_std = 0.0  # type: ignore[assignment]  # starts as the mean
         # CODEPATH: every published model allocates; "broadcast" is the paper's baseline.
         if self.chunk_size > 1 and config.up_scaling == "allocation":
             self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
-            self.allocator.initial_std = 0.0  # starts as a broadcast
+            self.allocator.initial_std = 0.0  # type: ignore[assignment]  # starts as a broadcast
         self.down = SpiralFormerDown()
         self.up = SpiralFormerUp(self.chunk_size)
 
@@ -157,10 +157,11 @@ class SpiralFormerResolution(nn.Module):
             core: f_loop, from latents `(R, K, D)` of the chunks that this call fills to the like.
             run_idle: run the core also where the call fills no chunk, for a zero that depends on its parameters.
         """
+        latents: torch.Tensor | None
         length = hidden_states.shape[1]
         filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
         if filled is not None:
-            latents: torch.Tensor | None = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
+            latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
             latents = core(latents, filled, cache)  # zhat = f_loop(z)
             state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
         latents = state.readable(length)
@@ -278,7 +279,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.grids = ChunkGrid.of(config)
         for layer in (*self.prelude, *self.core, *self.coda):
             for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
@@ -295,7 +296,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -339,7 +340,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states = layer(hidden_states, **token_layer)
         for state in states:
             state.rows.end()
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
     def _run_core(
         self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
@@ -498,7 +500,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -519,7 +521,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))  # type: ignore[arg-type]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -620,7 +623,7 @@ class SpiralFormerHead:
 
     def __init__(self, config: SpiralFormerConfig):
         AutoModel.register(type(config), SpiralFormerModel, exist_ok=True)
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]  # the next class in line is a model
 
 
 class SpiralFormerForSequenceClassification(
