@@ -25,6 +25,7 @@ LIBRARY = Path(transformers.__file__).parent
 CONFIGURATION, MODELING, MODULAR = (f"{kind}_spiralformer" for kind in ("configuration", "modeling", "modular"))
 LINTER = [sys.executable, "-m", "mlinter", "--no-progress", "--no-cache", "--enable-all-trf-rules"]
 
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 # Registration with the Auto classes, which the library has in lists of its own, and the folders of a wheel.
 OTHER_FILES = {"__init__.py", "published.py"}
 # What checkpoints need that bring their code along: names of statements, of a module or ("Class.name") of a class.
@@ -165,9 +166,9 @@ def read_module(path: Path) -> Module:
         source = "\n".join(lines[start:end])
         if isinstance(statement, ast.Import | ast.ImportFrom) and "#" not in source:
             read_import(module, statement)
-        elif names_of(statement) == ["__all__"]:
+        elif isinstance(statement, ast.Assign) and names_of(statement) == ["__all__"]:
             module.exported = [name for name in ast.literal_eval(statement.value) if name not in LEFT_OUT[MODELING]]
-        elif isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign) and names_of(statement):
+        elif isinstance(statement, DEFINITIONS) and names_of(statement):
             module.statements.append((statement, source))
         else:
             raise ValueError(f"{path.name} holds a statement of a kind that nothing here knows: {source.strip()!r}.")
@@ -180,18 +181,16 @@ def read_module(path: Path) -> Module:
 def read_import(module: Module, statement: ast.Import | ast.ImportFrom) -> None:
     """Enters what an import binds."""
     for alias in statement.names:
-        bound = alias.asname or alias.name
-        if isinstance(statement, ast.Import):
-            module.imports[bound] = (alias.name, None)
-        elif statement.level == 0:
-            module.imports[bound] = (statement.module or "", alias.name)
-        elif statement.level == 1 and statement.module and bound == alias.name != "*":
-            module.siblings[bound] = statement.module
+        bound, plain = alias.asname or alias.name, isinstance(statement, ast.Import)
+        origin, level = getattr(statement, "module", None), getattr(statement, "level", 0)
+        if plain and bound == alias.name and "." not in bound:
+            module.imports[bound] = (bound, None)
+        elif origin and level == 0 and origin != "__future__" and bound != "*":
+            module.imports[bound] = (origin, alias.name)
+        elif origin and level == 1 and bound == alias.name != "*":
+            module.siblings[bound] = origin
         else:
-            raise ValueError(f"{module.name}.py must import names of the package, but got {ast.unparse(statement)!r}.")
-        plain = isinstance(statement, ast.Import) and bound == alias.name and "." not in bound
-        if not plain and isinstance(statement, ast.Import):
-            raise ValueError(f"{module.name}.py must import a module by its name, got {ast.unparse(statement)!r}.")
+            raise ValueError(f"{module.name}.py must import modules or names, but got {ast.unparse(statement)!r}.")
 
 
 # -- putting them together -------------------------------------------------------------------------------------------
@@ -214,49 +213,56 @@ def is_library(module: str) -> bool:
 def import_lines(imports: dict[str, tuple[str, str | None]]) -> str:
     """The imports in three groups: standard library, other packages, the library."""
     groups: tuple[set[str], ...] = (set(), set(), set())
-    together = defaultdict(set)
+    together: dict[tuple[str, str | None], set[str]] = defaultdict(set)
     for bound, (module, name) in imports.items():
         if name is None:
             together[module, None].add(bound)
         else:
             together[relative(module, name), module].add(name if name == bound else f"{name} as {bound}")
-    for (module, origin), names in together.items():
+    for (module, origin), found in together.items():
+        names = sorted(found, key=lambda name: (not name.isupper(), name[0].islower(), name))  # as ruff sorts them
         package = (origin or module).partition(".")[0]
         group = 2 if module.startswith(".") else 0 if package in sys.stdlib_module_names else 1
-        plain, inside = f"from {module} import {', '.join(sorted(names))}", "".join(f"    {n},\n" for n in sorted(names))
+        plain, inside = f"from {module} import {', '.join(names)}", "".join(f"    {name},\n" for name in names)
         line = plain if len(plain) <= 119 else f"from {module} import (\n{inside})"
         groups[group].add(f"import {module}" if origin is None else line)
     return "\n\n".join("\n".join(sorted(group, key=lambda line: (line[0] == "f", line))) for group in groups if group)
 
 
+def meanings(modules: list[Module], used: set[str]) -> dict[str, tuple[str, str | None]]:
+    """Every name of the modules, in their order -> the module and the name there that it stands for.
+
+    Raises ValueError where a name would stand for two things in one file, or for something that is not there.
+    """
+    known: dict[str, tuple[str, str | None]] = {}
+    for module in modules:
+        defined = [name for statement, _ in module.statements for name in names_of(statement)]
+        foreign = {
+            name: (f".{CONFIGURATION}", name) for name, file in module.siblings.items() if file == CONFIGURATION
+        }
+        own = {name: (module.name, name) for name in defined}
+        for name, origin in [*module.imports.items(), *foreign.items(), *own.items()]:
+            if known.setdefault(name, origin) != origin:
+                raise ValueError(f"{name!r} must be one thing in all files, but got {known[name]} and {origin}.")
+        for name, file in module.siblings.items():
+            if name in used and name not in foreign and known.get(name) != (file, name):
+                raise ValueError(f"{module.name}.py must use what is there, but got {name!r} of {file}.py.")
+    return known
+
+
 def join(modules: list[Module], exported: list[str]) -> str:
-    """One file out of several, in their order. Raises ValueError where a name would stand for two things."""
-    used = set().union(*(module.used for module in modules))
-    bound: dict[str, object] = {}
-    imports = {}
-    for module in modules:
-        for name, origin in module.imports.items():
-            if name in used and bound.setdefault(name, origin) != origin:
-                raise ValueError(f"{name!r} must be one thing in all files, but {module.name} has another: {origin}.")
-            if name in used:
-                imports[name] = origin
-    for module in modules:
-        for name in (name for statement, _ in module.statements for name in names_of(statement)):
-            if bound.setdefault(name, module.name) is not module.name:
-                raise ValueError(f"{name!r} must be bound once in all files, but {module.name} binds it again.")
-    for module in modules:
-        for name, sibling in module.siblings.items():
-            if sibling == CONFIGURATION and name in used:
-                imports[name] = (f".{CONFIGURATION}", name)
-            elif name in used and name not in bound:
-                raise ValueError(f"{module.name} uses {name!r} of {sibling}, which is not there.")
-    gone = {name for names in LEFT_OUT.values() for name in names} & used
-    if gone or not set(exported) <= set(bound):
-        raise ValueError(f"LEFT_OUT must name what nothing uses, but got {sorted(gone | set(exported) - set(bound))}.")
-    text = modules[0].license + f'"""{modules[-1].docstring}"""\n\n' + import_lines(imports) + "\n"
+    """One file out of several, in their order; what none of them uses is not imported."""
+    used: set[str] = set().union(*(module.used for module in modules))
+    known, files = meanings(modules, used), {module.name for module in modules}
+    imports = {name: origin for name, origin in known.items() if name in used and origin[0] not in files}
+    gone = {name for names in LEFT_OUT.values() for name in names} & used | set(exported) - set(known)
+    if gone:
+        raise ValueError(f"LEFT_OUT must name what nothing uses, but got {sorted(gone)}.")
+    docstring = modules[-1].docstring + "\n" * ("\n" in modules[-1].docstring)
+    text = f'{modules[0].license}"""{docstring}"""\n\n{import_lines(imports)}\n\n'
     for module in modules:
         if len(modules) > 1:
-            text += "\n\n" + title(module, described=module is not modules[-1])
+            text += "\n" * (1 if module is modules[0] else 2) + title(module, described=module is not modules[-1])
         text += "".join(f"{source}\n" for _, source in module.statements)
     names = "".join(f'    "{name}",\n' for name in sorted(exported))
     return f"{text}\n\n__all__ = [\n{names}]\n"
@@ -275,7 +281,7 @@ def assemble(output: str | Path, package: Path = PACKAGE) -> Path:
     paths = {path.stem: path for path in sorted(package.glob("*_spiralformer.py"))}
     others = {path.name for path in package.glob("*.py")} - {path.name for path in paths.values()}
     if others != OTHER_FILES:
-        raise ValueError(f"The package must hold {sorted(OTHER_FILES)} beside *_spiralformer.py, got {sorted(others)}.")
+        raise ValueError(f"Beside *_spiralformer.py there must be {sorted(OTHER_FILES)}, but got {sorted(others)}.")
     modules = {stem: read_module(path) for stem, path in paths.items()}
     if len({module.license for module in modules.values()}) != 1:
         raise ValueError("All files of the package must begin with the same licence.")
