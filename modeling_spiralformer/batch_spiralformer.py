@@ -18,13 +18,17 @@ Shape letters: B batch, S new tokens. A column is a place in the padded batch, c
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_name_spiralformer import CACHE_ARGUMENT
 
-Columns = int | torch.Tensor  # a number of columns: a tensor where a compiled call does not look at it
+# Type checkers take `X | Any` for an X, and ask for no look at it.
+MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
+Columns = int | Any  # how many columns, or which one: a tensor where a compiled call does not look at it
 
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -216,7 +220,7 @@ def _read_mask(
     if past.rows is not None and past.rows.right_padded:
         raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
     compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
-    trusted = past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
+    trusted = past.rows is not None and past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
     if attention_mask is None or trusted:
         columns = past.columns + length if past.room is None else past.room
         return padding, None if padding is None else padding.real_columns(columns), False, None
@@ -326,8 +330,10 @@ def _check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.T
     """Refuses starts of texts, `(texts + 1,)` or `seq_idx` `(B, S)`, where `position_ids` `(B, S)` do not restart."""
     for name, value in boundaries.items():
         value = value.to(position_ids.device)
-        is_index = name == "seq_idx"
-        starts = (value.diff(dim=-1).flatten() != 0).nonzero()[:, 0] + 1 if is_index else value[:-1].long()
+        if name == "seq_idx":  # a text starts where the index changes within a row
+            starts = (nn.functional.pad(value.diff(dim=-1), (1, 0)).flatten() != 0).nonzero()[:, 0]
+        else:
+            starts = value[:-1].long()
         firsts = position_ids.flatten()[starts[starts < position_ids.numel()]]
         if firsts.ne(0).any():
             raise ValueError(
