@@ -309,7 +309,9 @@ def lint(folder: Path) -> list[dict]:
     """What mlinter finds with all of its rules, each with rule, path, line and message."""
     with TemporaryDirectory() as place:
         report = Path(place) / "report.json"
-        result = subprocess.run([*LINTER, "--output-json", str(report), str(folder)], capture_output=True, encoding="utf-8")
+        result = subprocess.run(
+            [*LINTER, "--output-json", str(report), str(folder)], capture_output=True, encoding="utf-8"
+        )
         if not report.is_file():
             raise RuntimeError(f"mlinter failed: {result.stderr}")
         return json.loads(report.read_text(encoding="utf-8"))["findings"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from documents import ROOT, blocks, commands, run
 from support import pad_rows, random_ids, small_model
+
 from workshop.upstream import LEFT_OUT, PACKAGE, REWORDED, assemble, names_of
 
 # Runs the assembled model as a part of the library, where this package is not to be found.
@@ -84,7 +85,9 @@ def test_every_definition_of_the_package_is_carried_over(printed):
     assert set(ours) - set(theirs) == {name for names in LEFT_OUT.values() for name in names if "." not in name}
     assert not set(theirs) - set(ours)
     changed = {name for name in theirs if theirs[name] != ours[name]}
-    heads = {f"SpiralFormerFor{kind}" for kind in ("QuestionAnswering", "SequenceClassification", "TokenClassification")}
+    heads = {
+        f"SpiralFormerFor{kind}" for kind in ("QuestionAnswering", "SequenceClassification", "TokenClassification")
+    }
     assert changed == heads | {"SpiralFormerConfig", "logger", "LATENT_LAYER_TYPE", "TOKEN_LAYER_TYPE"}
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     assert "auto_map" not in text and "import transformers" not in text and "from transformers" not in text
@@ -135,7 +138,9 @@ def test_what_it_does_not_know_is_refused(name, old, new, message, tmp_path):
         text = text.replace("import torch\n", "import torch\nfrom transformers import AutoModel\n", 1)
     path.write_text(text, encoding="utf-8")
     if message is None:  # an import that nothing uses
-        assert "AutoModel\n" not in (assemble(tmp_path, package) / "modular_spiralformer.py").read_text(encoding="utf-8")
+        assert "AutoModel\n" not in (assemble(tmp_path, package) / "modular_spiralformer.py").read_text(
+            encoding="utf-8"
+        )
         return
     with pytest.raises(ValueError, match=message):
         assemble(tmp_path, package)
