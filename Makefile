@@ -10,12 +10,13 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart test test-min test-version test-latest fuzz table memory benchmark results results-run figures \
-	clean
+.PHONY: help quickstart test test-fast test-min test-version test-latest fuzz table memory benchmark results \
+	results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 5 minutes"
 	@echo "make test         linter, types, spelling and tests"
+	@echo "make test-fast    tests of reference, cache, chunks and configuration: the first to run after a change"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
@@ -57,6 +58,12 @@ test: $(STAMP)
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# A first tier. What compiles takes as long as all of it.
+test-fast: export OMP_NUM_THREADS = 1
+test-fast: $(STAMP)
+	$(RUN) -m pytest -n 2 tests/cache tests/model/test_reference.py tests/model/test_configuration.py \
+		tests/model/test_configuration_damage.py -k "not compile"
 
 test-min:
 	$(MAKE) test-version TRANSFORMERS=$(OLDEST)

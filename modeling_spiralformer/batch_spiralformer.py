@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_name_spiralformer import CACHE_ARGUMENT
@@ -329,8 +330,10 @@ def _check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.T
     """Refuses starts of texts, `(texts + 1,)` or `seq_idx` `(B, S)`, where `position_ids` `(B, S)` do not restart."""
     for name, value in boundaries.items():
         value = value.to(position_ids.device)
-        is_index = name == "seq_idx"
-        starts = (value.diff(dim=-1).flatten() != 0).nonzero()[:, 0] + 1 if is_index else value[:-1].long()
+        if name == "seq_idx":  # a text starts where the index changes within a row
+            starts = (nn.functional.pad(value.diff(dim=-1), (1, 0)).flatten() != 0).nonzero()[:, 0]
+        else:
+            starts = value[:-1].long()
         firsts = position_ids.flatten()[starts[starts < position_ids.numel()]]
         if firsts.ne(0).any():
             raise ValueError(

@@ -274,7 +274,9 @@ class SpiralFormerConfig(PreTrainedConfig):
 
         What is saved, or pushed, loads without this package by `trust_remote_code=True`.
         """
-        # The library copies a file's relative imports with it, found in its text: this line brings the model's file.
+        # The one import that runs upwards. The library copies a file's relative imports with it, found in its text:
+        # this line brings the model's file, also where a configuration is saved or pushed alone. A model could bring
+        # the code by its own class only, and FSDP makes classes that no file holds.
         from .modeling_spiralformer import AUTO_CLASSES
 
         classes: dict[str, type] = {"AutoConfig": type(self), **AUTO_CLASSES}

@@ -14,6 +14,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.level_spiralformer import LatentEntry
 
 # More steps than any pattern of filling levels is long, and a multiple of every published one.
 DECODE_STEPS = 32
@@ -150,7 +151,7 @@ def step_weight_bytes(model: PreTrainedModel, context: int) -> float:
 def layer_bytes(layer: CacheLayerMixin) -> int:
     """Bytes of memory behind the states of a cache layer, what is spare of it included."""
     states = [layer.keys, layer.values]
-    if getattr(layer, "owns_state", False):
+    if isinstance(layer, LatentEntry) and layer.owns_state:
         states += [layer.state.tokens, layer.state.latents]
     return sum(state.untyped_storage().nbytes() for state in states if state is not None)
 

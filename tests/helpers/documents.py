@@ -3,7 +3,10 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+from forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenization" / "README.md"]
@@ -31,8 +34,15 @@ def commands(page: str | Path) -> list[str]:
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    """Runs a command in a folder with this checkout's package, and returns what it printed; it must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    """Runs a command in a folder with this checkout's package, and returns what it printed; it must succeed.
+
+    A Python command that needs no environment of its own finds the libraries imported already.
+    """
+    if command[0] == sys.executable and not environment:
+        code, printed, errors = run_python(command[1:], folder, python_path=str(ROOT))
+    else:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+        code, printed, errors = result.returncode, result.stdout, result.stderr
+    assert code == 0, errors[-2000:]
+    return printed

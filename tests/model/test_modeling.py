@@ -168,6 +168,42 @@ def test_loss_of_a_padded_batch_is_the_loss_of_its_rows():
     assert abs(summed * 10 - sum(losses)) < 1e-9
 
 
+# -- hooks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["anchor", "residual", "base", "mesh"])
+@torch.no_grad()
+def test_forward_hooks_see_every_step_of_the_loop(topology):
+    """z, u, the shifted update and the state of each iteration, as the equations join them."""
+    model = small_model(topology=topology, chunk_sizes=[5, 3], causal_shifts=[6, 2], chunk_offsets=[2, 0]).model
+    seen, length = {}, 17
+
+    def keep(name):
+        return lambda module, inputs, outputs: seen.setdefault(name, []).append((inputs, outputs))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(keep(name))
+    model(random_ids(2, length), use_cache=False)
+    states = [outputs[0] for _, outputs in seen["topology"]]
+    assert len(states) == model.config.num_iterations + 1
+    prelude = seen["prelude.0"][0][1]
+    for iteration, grid in enumerate(model.grids):
+        block = f"resolutions.{iteration}"
+        (((hidden, *_), update),), (((members, *_), latents),) = seen[block], seen[f"{block}.down"]
+        (((outputs, _), updates),) = seen[f"{block}.up"]
+        assert torch.equal(hidden, states[iteration])
+        assert members.shape[1:3] == (grid.num_filled(length), grid.size) == (latents.shape[1], grid.size)
+        first = seen["core.0"][iteration][0][0]
+        assert torch.equal(first, latents) and torch.equal(outputs, seen["core.1"][iteration][1])
+        for token in range(length):
+            read = token - grid.shift
+            place = grid.pi(read) * grid.size + grid.rho(read)
+            expected = torch.zeros_like(update[:, 0]) if read < 0 else updates[:, place]
+            assert torch.equal(update[:, token], expected), token
+        joined = {"anchor": update + prelude, "residual": update + states[iteration], "base": update}
+        assert topology == "mesh" or torch.equal(states[iteration + 1], joined[topology])
+
+
 # -- equal functions ----------------------------------------------------------------------------------------------
 
 

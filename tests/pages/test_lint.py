@@ -1,5 +1,6 @@
 """The model files follow the rules that transformers holds its own models to, without an exception."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -46,6 +47,16 @@ def test_the_linter_reads_these_files(tmp_path, name, pattern, rule):
     (folder / name).write_text(re.sub(pattern, "\n", text))
     assert (folder / name).read_text() != text
     assert (rule, name) in findings(folder, tmp_path / "report.json")
+
+
+def test_functions_of_the_package_are_short():
+    """At most fifty lines with signature and docstring; ruff's PLR0912 and C901 keep them to twelve branches."""
+    longest = {}
+    for path in (ROOT / "modeling_spiralformer").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                longest[path.name, node.name] = node.end_lineno - node.lineno + 1
+    assert len(longest) > 100 and not {name: lines for name, lines in longest.items() if lines > 50}
 
 
 def test_the_docstring_of_the_configuration_describes_every_field():
