@@ -340,8 +340,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states = layer(hidden_states, **token_layer)
         for state in states:
             state.rows.end()
-        hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            **{CACHE_NAME: cache},  # type: ignore[arg-type]
+        )
 
     def _run_core(
         self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
