@@ -164,11 +164,12 @@ def test_first_kept_latent(grid, pads, columns):
 
 
 @every_batch
-def test_latent_columns_hold_all_that_has_filled(grid, pads, columns):
-    """And no more, but for windows in which a row would have filled a chunk, had it had tokens."""
-    counted = grid.latent_columns(columns, padding_of(pads))
-    held = [row.latent(chunk) + 1 for row in rows_of(grid, pads) for chunk in row.filled(0, columns)]
-    assert counted == max(held) if held else counted * grid.size <= columns + grid.size - 1
+def test_latent_columns_are_those_at_which_a_row_fills_a_chunk_or_would_have(grid, pads, columns):
+    """Had it had tokens there: so they hold all that has filled."""
+    rows, counted = rows_of(grid, pads), grid.latent_columns(columns, padding_of(pads))
+    places = [[row.rho(column - row.pads) for column in range(columns)] for row in rows]
+    assert counted == max(row_places.count(grid.size - 1) for row_places in places)
+    assert all(row.latent(chunk) < counted for row in rows for chunk in row.filled(0, columns))
 
 
 # -- packed rows --------------------------------------------------------------------------------------------------
