@@ -481,8 +481,8 @@ def test_the_reports_of_the_docs_are_those_of_their_lines():
     report.main(report.ReportArguments(check=True))
 
 
-def test_readme_holds_the_table_of_the_main_comparison():
+def test_the_page_of_results_holds_the_table_of_the_main_comparison():
     lines = read_lines(report.ROOT / "docs" / "results" / "runs.jsonl")
     experiment = load_experiment(report.ROOT / "scripts" / "experiments" / "main_small.yaml")
     table = report_tables.results_table(ExperimentResults.gather(experiment, lines))
-    assert table in (report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (report.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
