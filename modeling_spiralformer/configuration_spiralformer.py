@@ -147,7 +147,7 @@ Fields that do not go together raise it in the constructor, in that of the model
 class SpiralFormerConfig(PreTrainedConfig):
     r"""
     num_prelude_layers (`int`):
-        Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first slot of the cache counts
+        Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first entry of the cache counts
         tokens.
     num_core_layers (`int`):
         Layers of f_loop, shared by all iterations. 0 exactly where `chunk_sizes` is empty.
@@ -162,7 +162,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     down_scaling (`str`):
         "self_aggregation" (learned softmax over a chunk's members) or "mean".
     up_scaling (`str`):
-        "allocation" (softmax over slots, computed from the latent) or "broadcast" (1 / g).
+        "allocation" (softmax over places, computed from the latent) or "broadcast" (1 / g).
     topology (`str`):
         "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
     num_memory_slots (`int`, *optional*):
