@@ -18,6 +18,7 @@ Shape letters: B batch, S new tokens. A column is a place in the padded batch, c
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,9 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_name_spiralformer import CACHE_ARGUMENT
 
-Columns = int | torch.Tensor  # a number of columns: a tensor where a compiled call does not look at it
+# Type checkers take `X | Any` for an X, and ask for no look at it.
+MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
+Columns = int | Any  # how many columns, or which one: a tensor where a compiled call does not look at it
 
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -217,7 +220,7 @@ def _read_mask(
     if past.rows is not None and past.rows.right_padded:
         raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
     compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
-    trusted = past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
+    trusted = past.rows is not None and past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
     if attention_mask is None or trusted:
         columns = past.columns + length if past.room is None else past.room
         return padding, None if padding is None else padding.real_columns(columns), False, None

@@ -17,11 +17,13 @@
 Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), D hidden size, H heads.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Past, Rows
+from .batch_spiralformer import Columns, MaybeNone, Past, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
@@ -32,6 +34,9 @@ from .storage_spiralformer import append_columns, write_columns
 
 class GrowingLayer(DynamicLayer):
     """A dynamic layer whose keys and values grow without being copied at every step."""
+
+    keys: torch.Tensor | MaybeNone  # None before `lazy_initialization`
+    values: torch.Tensor | MaybeNone
 
     def __init__(self, **kwargs):
         super().__init__()  # of 5.17, which hands every layer the arguments of all kinds
@@ -149,7 +154,8 @@ def forget(layer: DynamicLayer) -> None:
 
 def restart(cache: Cache) -> None:
     """Forgets a cache that holds no token, so that it may go on with another number of rows."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # more than the library's union of layers has in common
+    for layer in layers:
         ours = getattr(layer, "_layer_type", None) in (TOKEN_LAYER_TYPE, LATENT_LAYER_TYPE)
         layer.reset() if ours else forget(layer)
 
@@ -176,15 +182,15 @@ def find_states(
     owners = [layers[0] for layers in core]
     static, is_new = cache.is_compileable, all(owner.state is None or owner.state.is_new for owner in owners)
     # A static cache counts in a tensor, which a compiled call cannot look at.
-    if is_new and ((static and is_torchdynamo_compiling()) or cache.layers[0].get_seq_length() == 0):
+    if is_new and ((static and is_torchdynamo_compiling()) or cache.get_seq_length() == 0):
         _start(cache, core, config, grids, inputs_embeds)
-    states = [owner.state for owner in owners]
+    states = [owner.state for owner in owners if owner.state is not None]
     _check_states(states, grids, inputs_embeds.shape[0])
     if static:
-        check_room(states, inputs_embeds.shape[1])
+        check_room(states, inputs_embeds.shape[1])  # type: ignore[arg-type]  # each a StaticState
         return states
-    for owner in owners:
-        owner.state.recording = owner.record_past
+    for owner, state in zip(owners, states, strict=True):
+        state.recording = owner.record_past
     seen, tokens = [state.seen for state in states], cache.get_seq_length()
     if set(seen) != {tokens}:
         raise ValueError(f"{BUILT_FOR} and whole, but its levels hold {seen} of {tokens} tokens.")
@@ -210,7 +216,8 @@ BUILT_FOR = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(conf
 def _fit_token_layers(cache: Cache, rows: int) -> None:
     """The cache of a stack without a loop: one that holds no token goes on with another number of rows."""
     static = cache.is_compileable
-    held = cache.batch_size if static and cache.layers[0].is_initialized else rows
+    layers: list[Any] = cache.layers
+    held = cache.batch_size if static and layers[0].is_initialized else rows
     # A static cache counts in a tensor, which is read where the rows differ alone.
     if held != rows and (is_torchdynamo_compiling() or cache.get_seq_length() > 0):
         raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
@@ -255,8 +262,8 @@ def _start(
             layer.bind(grid, layers[0], rows, empty)
 
 
-def _check_states(states: list[ResolutionState | None], grids: list[ChunkGrid], rows: int) -> None:
-    if [None if state is None else state.grid for state in states] != grids:
+def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:
+    if [state.grid for state in states] != grids:
         raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
     if states[0].rows.unfinished:
         raise ValueError(f"{BUILT_FOR} and whole, but an error ended a forward that was writing to it: call reset().")
@@ -285,7 +292,7 @@ class IterationCache:
         """As `Cache.update`, into this iteration's entry of the layer."""
         return self.cache.update(key_states, value_states, layer_idx + self.entry_offset, self.filled)
 
-    def get_query_offset(self, layer_idx: int) -> int:
+    def get_query_offset(self, layer_idx: int) -> Columns:
         """The first latent column that runs."""
         return self.filled.first
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .batch_spiralformer import LeftPadding, PackedTexts
+from .batch_spiralformer import Columns, LeftPadding, PackedTexts
 from .configuration_spiralformer import SpiralFormerConfig
 
 
@@ -52,7 +52,7 @@ class FilledChunks:
         packed: whether `position_ids` restart, and latents attend only to those of their own text.
     """
 
-    first: int | torch.Tensor
+    first: Columns
     end: int
     position_ids: torch.Tensor
     member_columns: torch.Tensor | int
@@ -63,7 +63,7 @@ class FilledChunks:
     packed: bool = False
 
     @property
-    def count(self) -> int:
+    def count(self) -> Columns:
         """K, the number of latent columns that run."""
         return self.end - self.first
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .batch_spiralformer import Batch, Columns, LeftPadding, PackedTexts, Rows
+from .batch_spiralformer import Batch, Columns, LeftPadding, MaybeNone, PackedTexts, Rows
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .storage_spiralformer import write_columns
 
@@ -57,7 +57,7 @@ class ResolutionState:
         self.cached = cached
         self.recording = False
         self.seen = 0  # columns of the batch so far: a cache that was half cropped has states that disagree
-        self.tokens: torch.Tensor | None = None  # (B, n, D), the newest n columns
+        self.tokens: torch.Tensor | MaybeNone = None  # (B, n, D), the newest n columns
         self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
         self.first_latent = 0
 
@@ -241,6 +241,11 @@ class LatentEntry:
     state: ResolutionState | None = None
     owns_state = False
     owns_rows = False
+    # What its subclasses have. None is what keys and values are in an entry that holds nothing.
+    keys: torch.Tensor | MaybeNone  # (B, H, columns, D // H)
+    values: torch.Tensor | MaybeNone
+    record_past: bool  # in a dynamic cache
+    bind: Callable[..., None]
 
     def map_rows(self, change: RowChange) -> None:
         """Applies a change of the batch dimension to keys and values, and to what the entry owns.

@@ -59,7 +59,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapters_spiralformer import meet_adapters
-from .batch_spiralformer import BOUNDARIES, Batch, Rows, read_batch
+from .batch_spiralformer import BOUNDARIES, Batch, MaybeNone, Rows, read_batch
 from .cache_name_spiralformer import (
     CACHE_ARGUMENT,
     CACHE_NAME,
@@ -133,11 +133,11 @@ class SpiralFormerResolution(nn.Module):
         # CODEPATH: every published model scores the members of a chunk; "mean" is the paper's baseline.
         if self.chunk_size > 1 and config.down_scaling == "self_aggregation":
             self.scorer = nn.Linear(config.hidden_size, 1)
-            self.scorer.initial_std = 0.0  # starts as the mean
+            self.scorer.initial_std = 0.0  # type: ignore[assignment]  # starts as the mean
         # CODEPATH: every published model allocates; "broadcast" is the paper's baseline.
         if self.chunk_size > 1 and config.up_scaling == "allocation":
             self.allocator = nn.Linear(config.hidden_size, self.chunk_size)
-            self.allocator.initial_std = 0.0  # starts as a broadcast
+            self.allocator.initial_std = 0.0  # type: ignore[assignment]  # starts as a broadcast
         self.down = SpiralFormerDown()
         self.up = SpiralFormerUp(self.chunk_size)
 
@@ -157,6 +157,7 @@ class SpiralFormerResolution(nn.Module):
             core: f_loop, from latents `(R, K, D)` of the chunks that this call fills to the like.
             run_idle: run the core also where the call fills no chunk, for a zero that depends on its parameters.
         """
+        latents: torch.Tensor | None
         length = hidden_states.shape[1]
         filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
         if filled is not None:
@@ -213,7 +214,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
+    _no_split_modules: set[str] | list[str] = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -273,12 +274,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
         self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
-        self.topology = None
+        self.topology: nn.Module | MaybeNone = None
         if iterations:
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.grids = ChunkGrid.of(config)
         for layer in (*self.prelude, *self.core, *self.coda):
             for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
@@ -295,7 +296,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -339,7 +340,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states = layer(hidden_states, **token_layer)
         for state in states:
             state.rows.end()
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            **{CACHE_NAME: cache},  # type: ignore[arg-type]
+        )
 
     def _run_core(
         self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
@@ -498,7 +502,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -519,7 +523,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))  # type: ignore[arg-type]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -554,7 +559,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             "left-padded batch."
         )
 
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs) -> torch.Tensor:
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         """Infers a mask from pad ids as the library does, and refuses pad ids after a row's first token.
 
         The draft of assisted decoding runs `generate()` again and again on the text of its target, without the mask
@@ -603,7 +608,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         static = cache is not None and cache.is_compileable
         if static and generation_config.prefill_chunk_size is not None:
             # The library compiles these calls. A graph must not allocate what later graphs write to.
-            nothing = self.get_input_embeddings().weight.new_empty(given.shape[0], 0, self.config.hidden_size)
+            nothing = self.model.embed_tokens.weight.new_empty(given.shape[0], 0, self.config.hidden_size)
             find_states(cache, self.config, self.model.grids, nothing)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if static:
@@ -620,7 +625,7 @@ class SpiralFormerHead:
 
     def __init__(self, config: SpiralFormerConfig):
         AutoModel.register(type(config), SpiralFormerModel, exist_ok=True)
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]  # the next class in line is a model
 
 
 class SpiralFormerForSequenceClassification(

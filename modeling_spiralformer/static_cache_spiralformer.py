@@ -17,11 +17,13 @@ Registered for `StaticCache`, which `generate(cache_implementation="static")` bu
 `level_spiralformer`.
 """
 
+from typing import Any, NoReturn
+
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Batch, Columns, Rows
+from .batch_spiralformer import Batch, Columns, MaybeNone, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
@@ -84,9 +86,10 @@ class StaticState(ResolutionState):
         self._restart()
 
     def _restart(self) -> None:
-        self.seen: int | None = 0  # None once compiled calls have moved `column`
+        self.seen: int | MaybeNone = 0  # None once compiled calls have moved `column`
         self.begun = self.final_padding = False
-        self.tokens = self.latents = None  # of a call of several tokens, while it goes on
+        self.tokens = None  # of a call of several tokens, while it goes on, as its latents
+        self.latents: torch.Tensor | MaybeNone = None
         self.turn: Turn | None = self._turn({0})  # None where only the device knows the padding: every column may fill
 
     def _turn(self, pads: set[int]) -> Turn:
@@ -180,7 +183,7 @@ class StaticState(ResolutionState):
         pads, size, end = self._pads(), self.grid.size, self.column + length
         count = min((length + size - 2) // size + 1, self.max_latents)
         if self.seen is None:
-            first = (self.column // size).clamp(max=self.max_latents - count)
+            first: Columns = (self.column // size).clamp(max=self.max_latents - count)
         else:  # an integer where it is known: in eager calls the library looks at it
             first = min((self.seen - length) // size, self.max_latents - count)
         latents = first + torch.arange(count, device=pads.device)
@@ -208,7 +211,7 @@ class StaticState(ResolutionState):
         self.first_latent = filled.first - kept
         columns = self.first_latent + torch.arange(kept + count, device=latents.device)
         stored = self.latent_ring[:, columns % kept]
-        new = torch.where(filled.new[..., None], latents, stored[:, kept:])
+        new = torch.where(filled.new[..., None], latents, stored[:, kept:])  # type: ignore[index]
         self.latents = torch.cat([stored[:, :kept], new], dim=1)
         newest = (self.column + length - 1) // self.grid.size - torch.arange(kept, device=latents.device)
         self.latent_ring.index_copy_(1, newest % kept, self.latents[:, newest - self.first_latent])
@@ -220,8 +223,8 @@ class StaticState(ResolutionState):
         rows = torch.arange(self.num_rows, device=place.device)[:, None]
         return self.latent_ring[rows, place // self.grid.size % self.latent_ring.shape[1]]
 
-    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
-        pads, size = self._pads(), self.grid.size
+    def shift(self, updates: torch.Tensor | MaybeNone, length: int) -> torch.Tensor:
+        pads, size = self._pads(), self.grid.size  # something is always `readable` here: there are updates
         if self.tokens is None:
             place = self.grid.read_position(self.column, self.grid.phase(pads))
             rows = torch.arange(self.num_rows, device=pads.device)[:, None]
@@ -273,6 +276,7 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
 
     _layer_type = LATENT_LAYER_TYPE
     supports_early_init = False  # it does not know its chunk size before the model first uses it
+    state: StaticState | MaybeNone  # None before `bind`
 
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__(max_cache_len=max_cache_len)
@@ -304,7 +308,7 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
         return self.keys, self.values
 
     @property
-    def cumulative_length(self) -> torch.Tensor:
+    def cumulative_length(self) -> NoReturn:
         """Raises `ValueError`: whoever asks for it wants to set it, and the latents would stay where they are."""
         raise ValueError(
             "A static cache of latents must not be rewound by its `cumulative_length`, as the wrappers of the library "
@@ -312,10 +316,10 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
         )
 
     @cumulative_length.setter
-    def cumulative_length(self, value: torch.Tensor) -> None:
+    def cumulative_length(self, value: Columns) -> None:
         """Of the library's constructor; the state counts."""
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    def get_seq_length(self) -> Columns:
         """The number of latent columns that unpadded rows have filled."""
         return 0 if self.state is None else self.state.grid.num_filled(self.state.column)
 
@@ -333,7 +337,8 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
 
 def fit_static_layers(cache: Cache, rows: int) -> None:
     """Lets a static cache that holds no token go on with another number of rows: its token layers allocate anew."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # more than the library's union of layers has in common
+    for layer in layers:
         if getattr(layer, "_layer_type", None) == TOKEN_LAYER_TYPE and layer.is_initialized:
             layer.is_initialized = layer.batch_size == rows
 
@@ -356,7 +361,8 @@ def check_room(states: list[StaticState], length: int) -> None:
 
 def settle_states(cache: Cache) -> None:
     """Looks at the padding that a compiled prefill left on the device: until then every level runs at every column."""
-    states = [layer.state for layer in cache.layers if getattr(layer, "owns_state", False)]
+    layers: list[Any] = cache.layers
+    states = [layer.state for layer in layers if getattr(layer, "owns_state", False)]
     if states:
         _read_column(states)
     for state in states:

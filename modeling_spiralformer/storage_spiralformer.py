@@ -19,6 +19,7 @@ Shape letters: B batch, R rows of the batch that run, K chunks (latents) that a 
 import torch
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from .batch_spiralformer import Columns
 from .chunking_spiralformer import FilledChunks
 
 # A store that grows gets room for this share of its columns more than it holds.
@@ -85,9 +86,7 @@ def write_columns(stored: torch.Tensor, new: torch.Tensor, filled: FilledChunks,
     return stored
 
 
-def copy_columns(
-    stored: torch.Tensor, new: torch.Tensor, first: int | torch.Tensor, is_new: torch.Tensor | None
-) -> None:
+def copy_columns(stored: torch.Tensor, new: torch.Tensor, first: Columns, is_new: torch.Tensor | None) -> None:
     """Writes `(B, ..., K, D)` into the columns from `first` on, of a store of fixed address.
 
     Args:
