@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -79,9 +78,7 @@ def test_links_and_images_exist():
 
 
 def test_the_table_is_what_the_command_prints():
-    printed = subprocess.run(
-        [sys.executable, "scripts/model_table.py", "--markdown"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    printed = run([sys.executable, "scripts/model_table.py", "--markdown"], ROOT)
     assert printed.strip() in (ROOT / "docs" / "published.md").read_text()
 
 

@@ -36,9 +36,10 @@ def results(tmp_path_factory) -> dict:
         ),
     )
     threads = torch.get_num_threads()
-    found = measure((grid,), torch.device("cpu"), repeats=1, threads=1)
-    torch.set_num_threads(threads)
-    return json.loads(json.dumps(found))
+    try:
+        return json.loads(json.dumps(measure((grid,), torch.device("cpu"), repeats=1, threads=1)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,9 @@
 """The command that weighs a cache: its figures against the formula, and the chart it draws."""
 
-import subprocess
 import sys
 
 import torch
+from documents import ROOT, run
 from support import small_config
 
 from workshop.costs import cache_bytes, layer_equivalents, promised_bytes
@@ -32,5 +32,5 @@ def test_the_command_prints_and_draws(tmp_path):
     small_config().save_pretrained(tmp_path)
     plot = tmp_path / "chart.png"
     command = ["scripts/cache_memory.py", "--config", str(tmp_path), "--context_length", "64", "--plot", str(plot)]
-    printed = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+    printed = run([sys.executable, *command], ROOT)
     assert "iteration 0, 1/4" in printed and "equal depth" in printed and plot.stat().st_size > 1000

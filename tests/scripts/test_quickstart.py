@@ -1,13 +1,14 @@
 """The main job in a few steps: everything it promises to leave behind is there."""
 
 import json
-import subprocess
 import sys
+
+from documents import ROOT, run
 
 
 def test_quickstart(tmp_path):
     command = [sys.executable, "scripts/quickstart.py", "--max_steps", "12", "--output_dir", str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = run(command, ROOT)
     summary = json.loads((tmp_path / "quickstart.json").read_text())
     first, last = summary["training loss, first and last"]
     assert last < first and summary["held-out bits per byte"] > 0
