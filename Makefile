@@ -14,7 +14,7 @@ OLDEST = 5.17.0
 	results-run figures clean
 
 help:
-	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes"
+	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
 	@echo "make test         linter, types, spelling and tests"
 	@echo "make test-fast    tests of reference, cache, chunks and configuration: the first to run after a change"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"

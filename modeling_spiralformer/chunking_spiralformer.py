@@ -90,6 +90,8 @@ class ChunkGrid:
         ]
 
     # -- the paper's functions, of a text without padding -------------------------------------------------------
+    # The methods after them give the same where there is no padding: members are cut every g columns from -w on, and
+    # token i reads place pi(i - s) * g + rho(i - s).
 
     def pi(self, token):
         """The chunk that holds a token."""

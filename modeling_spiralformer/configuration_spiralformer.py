@@ -147,14 +147,15 @@ Fields that do not go together raise it in the constructor, in that of the model
 class SpiralFormerConfig(PreTrainedConfig):
     r"""
     num_prelude_layers (`int`):
-        Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first slot of the cache counts
+        Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first entry of the cache counts
         tokens.
     num_core_layers (`int`):
         Layers of f_loop, shared by all iterations. 0 exactly where `chunk_sizes` is empty.
     num_coda_layers (`int`):
         Layers of f_post.
     chunk_sizes (`list[int]`):
-        g_t, one per iteration, each >= 1. Empty: no loop, a plain GPT-NeoX stack.
+        g_t, one per iteration in the order in which they run (in the paper coarse to fine), each >= 1. Empty: no loop,
+        a plain GPT-NeoX stack.
     chunk_offsets (`list[int]`, *optional*):
         w_t in [0, g_t); the first chunk has g_t - w_t members. Default g // 2.
     causal_shifts (`list[int]`, *optional*):
@@ -162,11 +163,11 @@ class SpiralFormerConfig(PreTrainedConfig):
     down_scaling (`str`):
         "self_aggregation" (learned softmax over a chunk's members) or "mean".
     up_scaling (`str`):
-        "allocation" (softmax over slots, computed from the latent) or "broadcast" (1 / g).
+        "allocation" (softmax over places, computed from the latent) or "broadcast" (1 / g).
     topology (`str`):
         "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
     num_memory_slots (`int`, *optional*):
-        Slots B of MeSH. Default T + 3. Refused with another topology.
+        Slots of MeSH. Default T + 3. Refused with another topology.
     share_core (`bool`):
         False gives every iteration core layers of its own (the unlooped baseline).
     rope_parameters (`dict`, *optional*):
@@ -308,7 +309,7 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Attention calls in one forward: prelude + T * core + coda. One cache slot each."""
+        """Attention calls in one forward: prelude + T * core + coda. One cache entry each."""
         return len(self.layer_types)
 
     @num_hidden_layers.setter
@@ -317,11 +318,11 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of every cache slot: tokens in prelude and coda, latents in each (iteration, core layer)."""
-        latent_slots = self.num_iterations * self.num_core_layers
+        """The kind of every cache entry: tokens in prelude and coda, latents in each (iteration, core layer)."""
+        latent_entries = self.num_iterations * self.num_core_layers
         return (
             [TOKEN_LAYER_TYPE] * self.num_prelude_layers
-            + [LATENT_LAYER_TYPE] * latent_slots
+            + [LATENT_LAYER_TYPE] * latent_entries
             + [TOKEN_LAYER_TYPE] * self.num_coda_layers
         )
 
@@ -374,7 +375,7 @@ class SpiralFormerConfig(PreTrainedConfig):
             refuse("num_prelude_layers", self.num_prelude_layers, ">= 1 where there is neither core nor coda")
         starts_coarse = bool(self.chunk_sizes) and self.chunk_sizes[0] > 1
         if starts_coarse and self.num_prelude_layers < 1:
-            allowed = f">= 1 where the first chunk size ({self.chunk_sizes[0]}) exceeds 1: cache slot 0 counts tokens"
+            allowed = f">= 1 where the first chunk size ({self.chunk_sizes[0]}) exceeds 1: cache entry 0 counts tokens"
             refuse("num_prelude_layers", self.num_prelude_layers, allowed)
 
     def validate_memory_slots(self):

@@ -17,6 +17,18 @@
 rho and K(n) are methods of `ChunkGrid` (`chunking_spiralformer`), the topologies are in `topology_spiralformer`, what
 is kept between calls is in `level_spiralformer` and `cache_spiralformer`; the layers are GPT-NeoX's own.
 
+    paper                       here
+    x, v = f_pre(x)             embeddings, `prelude`
+    h_0 = InitTopology(x, v)    `topology(v, x)`
+    Down, Up                    `down` with the scores of `scorer`, `up` with the shares of `allocator`
+    f_loop                      `core`, run by `_run_core`
+    shift                       `ResolutionState.shift`
+    Topology                    `topology(update, h_t, carrier)`
+    f_post                      `coda`
+
+A level is a resolution with what belongs to it. Comments `CODEPATH` name the published models, folders of
+`configuration/`, that take each side of a branch.
+
 Shape letters: B batch, R rows of the batch that run, S new tokens (all L of them without a cache), K chunks (latents)
 of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
@@ -75,7 +87,10 @@ from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
 
 
 class SpiralFormerDown(nn.Module):
-    """Down-scaling: z_j = sum_i softmax_i(a . h_i + c) h_i over the members i of chunk j, or their mean."""
+    """Down-scaling: z_j = sum_i softmax_i(a . h_i + c) h_i over the members i of chunk j, or their mean.
+
+    a and c are the `scorer` of the resolution.
+    """
 
     def forward(
         self, members: torch.Tensor, scores: torch.Tensor | None, present: torch.Tensor | None
@@ -98,7 +113,10 @@ class SpiralFormerDown(nn.Module):
 
 
 class SpiralFormerUp(nn.Module):
-    """Up-scaling: u_i = sqrt(g) beta_(j, rho(i)) zhat_j with j = pi(i), and beta_j = softmax(B zhat_j) or 1 / g."""
+    """Up-scaling: u_i = sqrt(g) beta_(j, rho(i)) zhat_j with j = pi(i), and beta_j = softmax(B zhat_j) or 1 / g.
+
+    B is the `allocator` of the resolution.
+    """
 
     def __init__(self, chunk_size: int):
         super().__init__()
@@ -154,23 +172,23 @@ class SpiralFormerResolution(nn.Module):
         Args:
             hidden_states: h_t, `(B, S, D)`.
             state: what this resolution keeps between calls; it knows pi, rho, K(n) and s.
-            core: f_loop, from latents `(R, K, D)` of the chunks that this call fills to the like.
-            run_idle: run the core also where the call fills no chunk, for a zero that depends on its parameters.
+            core: f_loop, from latents to latents, both `(R, K, D)`.
+            run_idle: run the core also where the call fills no chunk (`_idle` says why).
         """
         latents: torch.Tensor | None
         length = hidden_states.shape[1]
-        filled = state.feed(hidden_states)  # the chunks up to K(n); token i is member rho(i) of chunk pi(i)
+        filled = state.feed(hidden_states)  # chunks K(past) ... K(past + S) - 1; token i is member rho(i) of pi(i)
         if filled is not None:
             latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
             latents = core(latents, filled, cache)  # zhat = f_loop(z)
             state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
         latents = state.readable(length)
         updates = None if latents is None else self._scale_up(latents)  # u = Up(zhat)
-        update = state.shift(updates, length)  # u_(i - s)
+        shifted = state.shift(updates, length)  # u_(i - s) of each token i
         state.trim(length)
         if filled is None and run_idle:
-            update = update + self._idle(hidden_states, core)
-        return update
+            shifted = shifted + self._idle(hidden_states, core)
+        return shifted
 
     def _scale_down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
         scores = None
@@ -265,7 +283,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         first_core, first_coda = config.num_prelude_layers, config.num_hidden_layers - config.num_coda_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
-        # Layers know their first cache entry. That of a shared layer moves on from iteration to iteration.
+        # A layer knows the first of its cache entries. A shared layer has one in each iteration.
         self.prelude = nn.ModuleList(GPTNeoXLayer(config, entry) for entry in range(first_core))
         # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
         step = 0 if config.share_core else core
@@ -323,7 +341,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         for layer in self.prelude:
             hidden_states = layer(hidden_states, **token_layer)
 
-        # h_0 = InitTopology(x, v)
+        # h_0 = InitTopology(x, v): no carrier yet
         if self.topology is not None:
             hidden_states, carrier = self.topology(hidden_states, embeddings)
 
@@ -350,10 +368,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
         layers, entries = self.core_layers[iteration], self.config.core_entries(iteration)
-        offset = (
-            entries.start - self.config.num_prelude_layers - layers.start
-        )  # from a layer's first entry to this one
-        view = None if cache is None else IterationCache(cache, offset, filled)
+        # How far this iteration's entry of a layer is from the layer's first.
+        entry_offset = entries.start - self.config.num_prelude_layers - layers.start
+        view = None if cache is None else IterationCache(cache, entry_offset, filled)
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=latents,

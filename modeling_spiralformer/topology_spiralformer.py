@@ -29,7 +29,10 @@ Carrier = torch.Tensor | list[tuple[torch.Tensor | None, torch.Tensor]]
 
 
 class SpiralFormerRecurrence(nn.Module):
-    """The recurrences without parameters: base h' = u, residual h' = u + h, anchor h' = u + h_0, with h_0 = v."""
+    """The recurrences without parameters: base h' = u, residual h' = u + h, anchor h' = u + h_0, with h_0 = v.
+
+    The first call, without a carrier, is InitTopology.
+    """
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__()
@@ -68,7 +71,7 @@ class SpiralFormerMeSH(nn.Module):
     def forward(
         self, new: torch.Tensor, state: torch.Tensor, carrier: list | None = None
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor | None, torch.Tensor]]]:
-        """One cycle: writes `new`, routed by `state`, and reads; the first one where there is no carrier yet.
+        """One cycle: writes `new`, routed by `state`, and reads; the first one, InitTopology, has no carrier yet.
 
         Args:
             new: v = f_pre(x), later the shifted update of an iteration, `(B, S, D)`.
