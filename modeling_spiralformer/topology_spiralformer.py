@@ -24,9 +24,6 @@ from torch import nn
 
 from .configuration_spiralformer import SpiralFormerConfig
 
-# What goes from iteration to iteration beside the state: v of a recurrence, all that was written of MeSH.
-Carrier = torch.Tensor | list[tuple[torch.Tensor | None, torch.Tensor]]
-
 
 class SpiralFormerRecurrence(nn.Module):
     """The recurrences without parameters: base h' = u, residual h' = u + h, anchor h' = u + h_0, with h_0 = v.
@@ -90,4 +87,4 @@ class SpiralFormerMeSH(nn.Module):
         return hidden, written
 
 
-__all__ = ["Carrier", "SpiralFormerMeSH", "SpiralFormerRecurrence"]
+__all__ = ["SpiralFormerMeSH", "SpiralFormerRecurrence"]

@@ -212,7 +212,7 @@ def test_what_packed_rows_fill(grid, lengths):
 
 @given(grid=grids(), lengths=texts())
 def test_what_packed_rows_read(grid, lengths):
-    slots, readable = grid.packed_reads(texts_of(lengths), CPU)
+    places, readable = grid.packed_reads(texts_of(lengths), CPU)
     for row, row_lengths in enumerate(lengths):
         latents = [chunk[:2] for chunk in packed_chunks(grid, row_lengths)]
         starts = [sum(row_lengths[:index]) for index in range(len(row_lengths))]
@@ -221,7 +221,7 @@ def test_what_packed_rows_read(grid, lengths):
                 read = Row(grid, start).read(column)
                 assert readable[row, column] == (read is not None)
                 if read is not None:
-                    assert slots[row, column] == latents.index((start, read[0])) * grid.size + read[1]
+                    assert places[row, column] == latents.index((start, read[0])) * grid.size + read[1]
 
 
 # -- padding and texts --------------------------------------------------------------------------------------------

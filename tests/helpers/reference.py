@@ -106,7 +106,7 @@ def run_iteration(config, weights: Weights, t: int, h: States) -> States:
     offset = size // 2 if config.chunk_offsets is None else config.chunk_offsets[t]
     shift = size - 1 if config.causal_shifts is None else config.causal_shifts[t]
     chunk_of = [(i + offset) // size for i in range(len(h))]  # pi(i)
-    slot_of = [(i + offset) % size for i in range(len(h))]  # rho(i)
+    place_of = [(i + offset) % size for i in range(len(h))]  # rho(i)
     num_chunks = (len(h) + offset) // size  # every filled chunk, also where size does not divide L
 
     z = [
@@ -121,7 +121,7 @@ def run_iteration(config, weights: Weights, t: int, h: States) -> States:
     for i in range(len(h)):
         if chunk_of[i] < num_chunks:
             latent = zhat[chunk_of[i]]
-            beta = allocate(config, weights, t, latent)[slot_of[i]]
+            beta = allocate(config, weights, t, latent)[place_of[i]]
             u.append(math.sqrt(size) * beta * latent)
 
     # ut[p] = u[p - s]; s >= g - 1 makes the token p - s belong to a chunk that is full at p.
@@ -139,7 +139,7 @@ def down_scale(config, weights: Weights, t: int, members: States) -> State:
 
 
 def allocate(config, weights: Weights, t: int, latent: State) -> Tensor:
-    """beta_j (G,): softmax(B_t zhat_j) over all slots, also in the short first chunk, or 1 / g."""
+    """beta_j (G,): softmax(B_t zhat_j) over all places, also in the short first chunk, or 1 / g."""
     size = config.chunk_sizes[t]
     if size == 1 or config.up_scaling == "broadcast":
         return torch.full((size,), 1 / size, dtype=torch.float64)

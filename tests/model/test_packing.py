@@ -298,7 +298,7 @@ DELIBERATE_BUGS = {
         lambda f: replace(f, member_columns=(f.member_columns - 1).clamp(min=0)),
     ),
     "a token reads what the document before left": ("packed_reads", lambda r: (r[0], torch.ones_like(r[1]))),
-    "a token reads the slot beside its own": ("packed_reads", lambda r: (r[0] + 1, r[1])),
+    "a token reads the place beside its own": ("packed_reads", lambda r: (r[0] + 1, r[1])),
 }
 
 
