@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Topologies: how an iteration's update meets the state (paper, equations 1 to 3 and section 2.3).
+"""Topologies: how an iteration's update meets the state (arXiv 2602.11698; MeSH is arXiv 2510.07739).
 
 `topology(v, x)` is InitTopology: it gives h_0 and what is carried along. `topology(update, h_t, carrier)` gives
 h_(t+1) and the carrier.
