@@ -21,13 +21,14 @@ def match_parameters(config: SpiralFormerConfig, target: int) -> SpiralFormerCon
     """
     unit = parameters_per_unit(config)
     _, count = count_parameters(config)
-    matched = copy.deepcopy(config)
-    matched.intermediate_size = config.intermediate_size + round((target - count) / unit)
-    if matched.intermediate_size < 1:
+    width = config.intermediate_size + round((target - count) / unit)
+    if width < 1:
         raise ValueError(
             f"`non_embedding_parameters` must be at least {count - (config.intermediate_size - 1) * unit} for this "
             f"model, but got {target}."
         )
+    matched = copy.deepcopy(config)
+    matched.intermediate_size = width
     matched.validate()
     return matched
 
