@@ -176,8 +176,8 @@ def third_party(command: Path) -> dict[str, bool]:
 
 
 def shown_in_readme() -> set[str]:
-    """The commands that README names, those of its make targets among them."""
-    readme = (ROOT / "README.md").read_text()
+    """The commands that README and its table name, those of their make targets among them."""
+    readme = "".join((ROOT / page).read_text() for page in ("README.md", "docs/published.md"))
     recipes = dict(re.findall(r"^([\w-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE))
     named = [recipes.get(target, "") for target in re.findall(r"\bmake ([\w-]+)", readme)]
     return set(re.findall(r"scripts/(\w+\.py)", "\n".join([readme, *named])))
