@@ -125,7 +125,10 @@ tokens_or_none = checked(
 )
 dropout_rate = checked(lambda value: 0 <= value < 1, "in [0, 1)")
 positive_number = checked(is_positive, "a finite number > 0")
-floating_dtype = checked(is_floating, "None or a floating-point dtype of torch")
+# "auto" is what the library sets where `from_pretrained` is given it; no saved configuration holds it.
+floating_dtype = checked(
+    lambda dtype: dtype == "auto" or is_floating(dtype), 'None, "auto" or a floating-point dtype of torch'
+)
 label_names = checked(numbers_all_labels, "None or the names of the labels 0, 1, 2, ...")
 
 
@@ -223,8 +226,9 @@ class SpiralFormerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for fault in self.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
-        if not is_floating(kwargs.get("torch_dtype")):
-            refuse("torch_dtype", kwargs["torch_dtype"], "None or a floating-point dtype of torch")
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            if not is_floating(dtype):
+                refuse(name, dtype, "None or a floating-point dtype of torch")
         super().__post_init__(**kwargs)
 
     @classmethod

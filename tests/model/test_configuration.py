@@ -316,3 +316,12 @@ def test_a_damaged_or_missing_weights_file_is_an_error(tmp_path):
     weights.unlink()
     with pytest.raises(OSError, match="model.safetensors"):
         SpiralFormerForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_dtype_that_a_checkpoint_decides_may_be_asked_for(tmp_path):
+    """ "auto" goes through `from_pretrained` of configuration and model, and is no dtype to start with."""
+    small_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, dtype="auto").dtype in ("auto", torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`dtype` must be .* but got 'auto'"):
+        SpiralFormerConfig(dtype="auto")
