@@ -48,7 +48,7 @@ class FilledChunks:
         present: `(R or 1, K, G)` True where that member is a token of the row; None where all are.
         rows: `(R,)` the rows of the batch that run, or None for all of them.
         valid: `(R, end)` True where a latent column is filled in that row; None where all are.
-        new: `(R, K)` True where this call fills that pair; None where it fills all.
+        new: `(R, K)` True where this call fills that pair, or a later one will; None where it fills all.
         packed: whether `position_ids` restart, and latents attend only to those of their own text.
     """
 

@@ -288,6 +288,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
         step = 0 if config.share_core else core
         self.core_layers = [range(t * step, t * step + core) for t in range(iterations)]
+        self.core_entries = [config.core_entries(t) for t in range(iterations)]
         num_layers = max((layers.stop for layers in self.core_layers), default=0)
         self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
         self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
@@ -367,9 +368,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
-        layers, entries = self.core_layers[iteration], self.config.core_entries(iteration)
+        layers, entries = self.core_layers[iteration], self.core_entries[iteration]
         # How far this iteration's entry of a layer is from the layer's first.
-        entry_offset = entries.start - self.config.num_prelude_layers - layers.start
+        entry_offset = entries.start - len(self.prelude) - layers.start
         view = None if cache is None else IterationCache(cache, entry_offset, filled)
         attention_mask = create_causal_mask(
             config=self.config,
