@@ -100,7 +100,6 @@ class Batch:
     """One call as all resolutions see it.
 
     Args:
-        past: the columns of earlier calls.
         padding: the left padding of all columns, None where there is none.
         texts: the texts of packed rows, None where no row is packed.
         token_mask: `(B, past + S)`, the mask of the token layers (of a static cache: as long as its store); None where
@@ -110,7 +109,6 @@ class Batch:
         unchecked: whether a mask was given whose values a compiled call could not look at; None where nobody asked.
     """
 
-    past: Columns
     padding: LeftPadding | None
     texts: PackedTexts | None
     token_mask: torch.Tensor | None
@@ -139,12 +137,8 @@ class Rows:
 
     def begin(self, batch: Batch, every_row: bool) -> None:
         """A call begins. Nothing is refused from here on: what fails before `end` leaves the cache half written."""
-        self.padding, self.right_padded, self.every_row, self.unfinished = (
-            batch.padding,
-            batch.right_padded,
-            every_row,
-            True,
-        )
+        self.padding, self.right_padded = batch.padding, batch.right_padded
+        self.every_row, self.unfinished = every_row, True
         if batch.unchecked is not None:
             self.mask_unchecked = batch.unchecked
 
@@ -201,8 +195,8 @@ def read_batch(
     counted = columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
     texts = _read_positions(position_ids, counted, token_mask, boundaries, inputs_embeds, past)
     if texts is not None:
-        return Batch(0, None, texts, None, texts.position_ids)
-    return Batch(past.columns, padding, None, token_mask, counted, right_padded, unchecked)
+        return Batch(None, texts, None, texts.position_ids)
+    return Batch(padding, None, token_mask, counted, right_padded, unchecked)
 
 
 # -- the mask -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@
 Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), D hidden size, H heads.
 """
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -230,16 +231,16 @@ def _fit_token_layers(cache: Cache, rows: int) -> None:
 def _latent_layers(cache: Cache, config: SpiralFormerConfig) -> list[list[LatentEntry]]:
     """The cache's layers of each iteration's core."""
     layers = getattr(cache, "layers", [])
-    if [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers] != [
-        layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types
-    ]:
+    are_latent = [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers]
+    if are_latent != [layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types]:
         raise ValueError(
             f"{BUILT_FOR}, and hold latents unquantised, but got {cache!r} of {len(layers)} layers. Prefix tuning "
             "puts in a cache of its own and is not supported: its keys belong to no chunk. Take prompt tuning or LoRA."
         )
     if cache.offloading:
         raise ValueError(f"{BUILT_FOR}, but got an offloaded cache: latents are few, keep them on the device.")
-    return [[layers[entry] for entry in config.core_entries(t)] for t in range(config.num_iterations)]
+    latent, count = list(compress(layers, are_latent)), config.num_core_layers
+    return [latent[first : first + count] for first in range(0, len(latent), count)]
 
 
 def _start(

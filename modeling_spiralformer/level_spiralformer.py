@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .batch_spiralformer import Batch, Columns, LeftPadding, MaybeNone, PackedTexts, Rows
+from .batch_spiralformer import Columns, LeftPadding, MaybeNone, PackedTexts, Rows
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .storage_spiralformer import write_columns
 
@@ -58,7 +58,7 @@ class ResolutionState:
         self.recording = False
         self.seen = 0  # columns of the batch so far: a cache that was half cropped has states that disagree
         self.tokens: torch.Tensor | MaybeNone = None  # (B, n, D), the newest n columns
-        self.latents: torch.Tensor | None = None  # (B, n, D), from latent column `first_latent` on
+        self.latents: torch.Tensor | MaybeNone = None  # (B, n, D), from latent column `first_latent` on
         self.first_latent = 0
 
     @property
@@ -87,13 +87,6 @@ class ResolutionState:
         return self.seen - self.tokens.shape[1]
 
     # -- a call -------------------------------------------------------------------------------------------------
-
-    def begin(self, batch: Batch, length: int, every_row: bool) -> None:
-        """A call of `length` tokens begins. `every_row`: adapters tell the rows apart, all of them run where one does.
-
-        What `rows` take from the batch is the same for all resolutions.
-        """
-        self.rows.begin(batch, every_row)
 
     def feed(self, states: torch.Tensor) -> FilledChunks | None:
         """Takes `(B, S, D)` new token states; returns the chunks that they fill, None where they fill none."""
@@ -136,7 +129,10 @@ class ResolutionState:
         """The latents `(B, K, D)` that the newest `length` tokens read; None where there is nothing to read yet."""
         if self.latents is None:
             return None
-        latents = self.latents[:, self._first_readable(length) - self.first_latent :]
+        latents = self.latents
+        if self.cached:
+            first = self.grid.first_kept_latent(self.seen - length, self.rows.padding)
+            latents = latents[:, max(0, first - self.first_latent) :]
         return latents if latents.shape[1] else None
 
     def shift(self, updates: torch.Tensor | None, length: int) -> torch.Tensor:
@@ -147,7 +143,8 @@ class ResolutionState:
         """
         if updates is None:
             return torch.zeros_like(self.tokens[:, -length:])
-        start, places_before = self.seen - length, self._first_readable(length) * self.grid.size
+        start, latents_end = self.seen - length, self.first_latent + self.latents.shape[1]
+        places_before = latents_end * self.grid.size - updates.shape[1]
         if self.rows.padding is None:
             before = min(max(0, self.grid.shift - start), length)  # tokens that would read before the first one
             place = self.grid.read_position(start + before, self.grid.phase(0)) - places_before
@@ -174,12 +171,6 @@ class ResolutionState:
             if kept > self.first_latent:
                 self.latents = self.latents[:, kept - self.first_latent :].clone()
                 self.first_latent = kept
-
-    def _first_readable(self, length: int) -> int:
-        """The first latent column that the newest `length` tokens read."""
-        if not self.cached:
-            return self.first_latent
-        return max(self.first_latent, self.grid.first_kept_latent(self.seen - length, self.rows.padding))
 
     # -- cache operations ---------------------------------------------------------------------------------------
 

@@ -357,8 +357,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # norm(f_post(h_T))
         for layer in self.coda:
             hidden_states = layer(hidden_states, **token_layer)
-        for state in states:
-            state.rows.end()
+        if states:
+            states[0].rows.end()
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_NAME: cache},  # type: ignore[arg-type]
@@ -452,9 +452,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         batch = read_batch(attention_mask, position_ids, boundaries, inputs_embeds, past)
         if batch.texts is not None:  # packed rows are read whole: no call goes on from them
             cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
-        # Nothing is refused from here on: what fails now leaves the cache half written.
-        for state in states:
-            state.begin(batch, inputs_embeds.shape[1], every_row)
+        if states:
+            states[0].rows.begin(batch, every_row)
         return batch, states, cache
 
     def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:

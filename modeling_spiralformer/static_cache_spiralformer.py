@@ -23,7 +23,7 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Batch, Columns, MaybeNone, Rows
+from .batch_spiralformer import Columns, MaybeNone, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
@@ -87,9 +87,9 @@ class StaticState(ResolutionState):
 
     def _restart(self) -> None:
         self.seen: int | MaybeNone = 0  # None once compiled calls have moved `column`
-        self.begun = self.final_padding = False
-        self.tokens = None  # of a call of several tokens, while it goes on, as its latents
-        self.latents: torch.Tensor | MaybeNone = None
+        self.begun = False  # a compiled call that looked at `seen` instead would be compiled for every prompt length
+        self.final_padding = False
+        self.tokens = self.latents = None  # of a call of several tokens, while it goes on
         self.turn: Turn | None = self._turn({0})  # None where only the device knows the padding: every column may fill
 
     def _turn(self, pads: set[int]) -> Turn:
@@ -119,8 +119,8 @@ class StaticState(ResolutionState):
 
     # -- a call -------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: Batch, length: int, every_row: bool) -> None:
-        super().begin(batch, length, every_row)
+    def _begin(self, length: int) -> None:
+        """Before `length` tokens: what is known of the padding, for Python to look at."""
         self.begun = True
         if not is_torchdynamo_compiling():
             self.settle(length)
@@ -138,6 +138,7 @@ class StaticState(ResolutionState):
 
     def feed(self, states: torch.Tensor) -> FilledChunks | None:
         length, size = states.shape[1], self.grid.size
+        self._begin(length)
         fills = length > 1 or self.turn is None or self.turn.fills
         if self.turn is not None:
             for _ in range(length % size):

@@ -312,6 +312,7 @@ def lint(folder: Path) -> list[dict]:
         result = subprocess.run(
             [*LINTER, "--output-json", str(report), str(folder)], capture_output=True, encoding="utf-8"
         )
-        if not report.is_file():
-            raise RuntimeError(f"mlinter failed: {result.stderr}")
-        return json.loads(report.read_text(encoding="utf-8"))["findings"]
+        found = json.loads(report.read_text(encoding="utf-8"))["findings"] if report.is_file() else []
+    if (result.returncode == 0) != (not found):
+        raise RuntimeError(f"mlinter failed: {result.stderr}")
+    return found

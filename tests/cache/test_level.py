@@ -37,13 +37,13 @@ class Driver:
     def feed(self, numbers: list[list[int]], every_row: bool) -> tuple[dict, list[list[list[int]]]]:
         """One call: the members of each (row, chunk) that it fills, and the update of each of its tokens."""
         states = nn.functional.pad(torch.tensor(numbers)[..., None].float(), (0, WIDTH - 1))
-        length, past = states.shape[1], self.columns
+        length = states.shape[1]
         self.columns += length
         padding = self.state.rows.padding  # it stays what it is once every row has had a token
         if not self.state.settled:
             pads = torch.tensor(self.pads).clamp(max=self.columns)
             padding = LeftPadding(pads) if pads.any() else None
-        self.state.begin(Batch(past, padding, None, None, position_ids=None), length, every_row)
+        self.state.rows.begin(Batch(padding, None, None, position_ids=None), every_row)
         filled, chunks = self.state.feed(states), {}
         if filled is not None:
             latents, chunks = self._core(self.state.members(filled), filled, len(numbers))

@@ -2,10 +2,7 @@
 
 import ast
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,16 @@ from documents import ROOT
 from transformers import PreTrainedConfig
 
 from modeling_spiralformer import SpiralFormerConfig
+from workshop.upstream import lint
 
 
-def findings(folder: Path, report: Path) -> list[tuple[str, str]]:
+def findings(folder: Path) -> list[tuple[str, str]]:
     """What the library's linter, with all of its rules, finds in a folder: rule and file name."""
-    command = [sys.executable, "-m", "mlinter", "--no-progress", "--no-cache", "--enable-all-trf-rules"]
-    result = subprocess.run(
-        [*command, "--output-json", str(report), str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert report.is_file(), result.stderr
-    found = [(item["rule"], Path(item["path"]).name) for item in json.loads(report.read_text())["findings"]]
-    assert (result.returncode == 0) == (not found)
-    return found
+    return [(item["rule"], Path(item["path"]).name) for item in lint(folder)]
 
 
-def test_the_model_files_are_clean(tmp_path):
-    assert findings(ROOT / "modeling_spiralformer", tmp_path / "report.json") == []
+def test_the_model_files_are_clean():
+    assert findings(ROOT / "modeling_spiralformer") == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +37,7 @@ def test_the_linter_reads_these_files(tmp_path, name, pattern, rule):
     text = (ROOT / "modeling_spiralformer" / name).read_text()
     (folder / name).write_text(re.sub(pattern, "\n", text))
     assert (folder / name).read_text() != text
-    assert (rule, name) in findings(folder, tmp_path / "report.json")
+    assert (rule, name) in findings(folder)
 
 
 def test_functions_of_the_package_are_short():

@@ -7,13 +7,11 @@ from workshop.experiments.report import (
     bits_cell,
     costs_table,
     interval_cell,
+    join_report,
     mean_cell,
     or_nothing,
-    provenance,
     resolution,
     scientific,
-    status,
-    sweep,
 )
 from workshop.experiments.results import ExperimentResults, ModelResults
 from workshop.experiments.statistics import CONFIDENCE, Mean
@@ -115,21 +113,9 @@ def sweep_budget(results: ExperimentResults) -> str:
 
 def molecules_report(results: ExperimentResults, pictures: dict[str, str]) -> str:
     """A whole report; `pictures` are file name -> what it shows."""
-    parts = [
-        f"# {results.title}",
-        f"Written by `python scripts/report.py` from `runs.jsonl`, experiment `{results.name}`: not to be edited.",
-        status(results),
-        provenance(results),
-        "## Results",
-        READING,
-        results_table(results),
-        *(f"![{shows}]({file})" for file, shows in pictures.items()),
-        "## Costs",
-        COSTS,
-        costs_table(results),
-        "## Differences",
-        differences(results),
-    ]
-    if len(results.learning_rates) > 1:
-        parts += ["## Sweep of learning rates", sweep_budget(results) + sweep(results)]
-    return "\n\n".join(parts) + "\n"
+    tables = {
+        "Results": [READING, results_table(results)],
+        "Costs": [COSTS, costs_table(results)],
+        "Differences": [differences(results)],
+    }
+    return join_report(results, pictures, tables, sweep_budget(results))

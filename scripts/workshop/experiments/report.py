@@ -275,24 +275,38 @@ def lowest_ratio(results: ExperimentResults) -> str:
     return " ".join(parts)
 
 
-def report(results: ExperimentResults, pictures: dict[str, str]) -> str:
-    """A whole report; `pictures` are file name -> what it shows."""
+def join_report(
+    results: ExperimentResults, pictures: dict[str, str], tables: dict[str, list[str]], sweep_budget: str = ""
+) -> str:
+    """A whole report.
+
+    Args:
+        pictures: file name -> what it shows; they follow the first of the tables.
+        tables: heading -> its paragraphs, in order.
+        sweep_budget: what is said of the sweep before its table.
+    """
     parts = [
         f"# {results.title}",
         f"Written by `python scripts/report.py` from `runs.jsonl`, experiment `{results.name}`: not to be edited.",
         status(results),
         provenance(results),
-        "## Results",
-        results_table(results),
-        *(f"![{shows}]({file})" for file, shows in pictures.items()),
-        "## Costs",
-        COSTS,
-        costs_table(results),
-        "## Differences",
-        differences(results),
     ]
-    if results.report == "ratio":
-        parts += ["## The lowest ratio", lowest_ratio(results)]
+    for index, (heading, paragraphs) in enumerate(tables.items()):
+        parts += [f"## {heading}", *paragraphs]
+        if index == 0:
+            parts += [f"![{shows}]({file})" for file, shows in pictures.items()]
     if len(results.learning_rates) > 1:
-        parts += ["## Sweep of learning rates", sweep(results)]
+        parts += ["## Sweep of learning rates", sweep_budget + sweep(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def report(results: ExperimentResults, pictures: dict[str, str]) -> str:
+    """A whole report; `pictures` are file name -> what it shows."""
+    tables = {
+        "Results": [results_table(results)],
+        "Costs": [COSTS, costs_table(results)],
+        "Differences": [differences(results)],
+    }
+    if results.report == "ratio":
+        tables["The lowest ratio"] = [lowest_ratio(results)]
+    return join_report(results, pictures, tables)
