@@ -325,18 +325,13 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             What earlier calls computed, as `DynamicCache(config=model.config)` or `StaticCache` holds it. Up to
             transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
         """
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        # x, the embeddings
+        embeddings = hidden_states = self._embed(input_ids, inputs_embeds)
         boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
         batch, states, cache = self._read_call(
-            inputs_embeds, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
+            embeddings, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
         )
-        token_layer = self._token_arguments(batch, cache, inputs_embeds) | kwargs
-
-        # x, the embeddings
-        # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
-        if self.config.scale_embeddings:
-            inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
-        embeddings = hidden_states = self.emb_dropout(inputs_embeds)
+        token_layer = self._token_arguments(batch, cache, embeddings) | kwargs
 
         # v = f_pre(x)
         for layer in self.prelude:
@@ -395,7 +390,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     # -- the arguments of a call --------------------------------------------------------------------------------
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """The embeddings `(B, S, D)` that are given, or those of the ids."""
+        """x `(B, S, D)`: the embeddings that are given, or those of the ids, scaled and dropped out."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
@@ -404,7 +399,10 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             name = "inputs_embeds" if input_ids is None else "input_ids"
             shape = tuple(inputs_embeds.shape[:2])
             raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
-        return inputs_embeds
+        # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
+        if self.config.scale_embeddings:
+            inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
+        return self.emb_dropout(inputs_embeds)
 
     def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
         """Whether the call reads or writes a cache."""
