@@ -3,6 +3,7 @@
 import accelerate
 import pytest
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from emulated_devices import EmulatedDevices, spread
 from support import pad_rows, random_ids, small_model
 from transformers import DynamicCache
@@ -90,3 +91,5 @@ def test_a_device_map_splits_between_blocks_and_never_inside(options):
     assert len(set(device_map.values())) > 1
     blocks = [n for n, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
     assert blocks and not any(name.startswith(f"{block}.") for name in device_map for block in blocks)
+    # FSDP looks each name up, and refuses one that the model does not hold.
+    assert all(get_module_class_from_name(model, name) for name in model._no_split_modules)
