@@ -66,6 +66,8 @@ class LayerFamily:
         norms_heads: whether its attention has RMS norms of its own.
         cache_argument: how a layer calls the cache.
         partial_rotary_factor: the default share of a head that rotates; None where it has to be the whole head.
+        final_norm: what that model calls its norm before the head.
+        unread_fields: fields of its configuration that change nothing in the layers as they are used here.
     """
 
     config_class: type[PreTrainedConfig]
@@ -78,6 +80,8 @@ class LayerFamily:
     norms_heads: bool = False
     cache_argument: str = CACHE_NAME
     partial_rotary_factor: float | None = None
+    final_norm: str = "norm"
+    unread_fields: tuple[str, ...] = ()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -106,6 +110,8 @@ FAMILIES = {
         norm="layer_norm",
         cache_argument="layer_past",
         partial_rotary_factor=0.25,
+        final_norm="final_layer_norm",
+        unread_fields=("is_decoder",),
     ),
     "llama": LayerFamily(
         config_class=LlamaConfig,
@@ -123,6 +129,7 @@ FAMILIES = {
         outputs=("self_attn.o_proj", "mlp.down_proj"),
         norm="rms_norm",
         norms_heads=True,
+        unread_fields=("max_window_layers",),  # read where there is a sliding window
     ),
 }
 
