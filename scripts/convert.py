@@ -6,7 +6,7 @@ python scripts/convert.py --model_name_or_path EleutherAI/pythia-160m --output_d
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
@@ -15,10 +15,8 @@ from workshop.conversion import (
     FAMILY_OF,
     ROUTER_BIAS,
     ROUTER_BIAS_RANGE,
-    load_gguf_source,
     load_source,
     parse_core_layers,
-    source_tokenizer,
     to_plain,
     to_spiralformer,
 )
@@ -65,24 +63,14 @@ class ConversionArguments:
                     refuse(name, getattr(self, name), allowed)
 
 
-def read(arguments: ConversionArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The source and its tokenizer."""
-    allowed = [*FAMILY_OF] if arguments.to == "spiralformer" else ["spiralformer"]
-    if arguments.gguf_file is not None:
-        return load_gguf_source(arguments.model_name_or_path, arguments.gguf_file, allowed)
-    return load_source(arguments.model_name_or_path, allowed), source_tokenizer(arguments.model_name_or_path)
-
-
 def convert(arguments: ConversionArguments) -> PreTrainedModel:
     """Reads, converts and writes; returns the converted model."""
     output = check_folder("output_dir", arguments.output_dir)
     if output.resolve() == Path(arguments.model_name_or_path).resolve():
         refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
-    source, tokenizer = read(arguments)
+    source, tokenizer = load_source(arguments.model_name_or_path, arguments.to, arguments.gguf_file)
     if arguments.to != "spiralformer":
-        if FAMILY_OF[arguments.to] != source.config.layer_family:
-            refuse("to", arguments.to, f'"spiralformer", or that of layer_family "{source.config.layer_family}"')
         converted = to_plain(source)
     else:
         core_layers = None if arguments.core_layers is None else parse_core_layers(arguments.core_layers)

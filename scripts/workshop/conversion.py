@@ -313,32 +313,43 @@ def to_plain(source: SpiralFormerForCausalLM) -> PreTrainedModel:
 # -- the source ----------------------------------------------------------------------------------------------------
 
 
-def check_model_type(name_or_path: str, config: PreTrainedConfig, allowed: list[str]) -> None:
-    """Refuses a checkpoint of another architecture before its weights are read."""
+def check_model_type(name_or_path: str, config: PreTrainedConfig, to: str) -> None:
+    """Refuses, before its weights are read, a checkpoint that `to` cannot be made of."""
+    allowed = [*FAMILY_OF] if to == "spiralformer" else ["spiralformer"]
     if config.model_type not in allowed:
-        refuse(
-            "model_name_or_path", name_or_path, f'a checkpoint of a model_type in {allowed}, not "{config.model_type}"'
-        )
+        is_one = f'a checkpoint of a model_type in {allowed}, not "{config.model_type}"'
+        refuse("model_name_or_path", name_or_path, is_one)
+    if to != "spiralformer" and FAMILY_OF[to] != config.layer_family:
+        refuse("to", to, f'that of layer_family "{config.layer_family}"')
 
 
-def load_source(name_or_path: str, allowed: list[str]) -> PreTrainedModel:
-    """A checkpoint with all of its weights, in its own dtype; refused where its model_type is not `allowed`."""
-    config = load_config(name_or_path)
-    check_model_type(name_or_path, config, allowed)
-    return load_model(name_or_path, config, dtype="auto")
-
-
-def load_gguf_source(
-    name_or_path: str, gguf_file: str, allowed: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of a GGUF file in a folder or a repository, its weights dequantised by the library.
-
-    Raises ValueError as `load_source` does, and where there is no such file.
+def load_source(
+    name_or_path: str, to: str = "spiralformer", gguf_file: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """
-    folder = Path(name_or_path)
-    if folder.exists() and not (folder / gguf_file).is_file():
+    A checkpoint with all of its weights, in its own dtype, and the tokenizer beside it; None where there is none.
+
+    Args:
+        name_or_path: folder or Hub name.
+        to: what is to be made of it: "spiralformer", or a `model_type` of `FAMILY_OF`.
+        gguf_file: the GGUF file in it that holds model and tokenizer; the library dequantises the weights.
+
+    Raises:
+        ValueError: where it is another architecture, lacks a weight or holds one too many, or where no such file is.
+    """
+    if gguf_file is not None:
+        return load_gguf(name_or_path, to, gguf_file)
+    config = load_config(name_or_path)
+    check_model_type(name_or_path, config, to)
+    tokenizer = load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
+    return load_model(name_or_path, config, dtype="auto"), tokenizer
+
+
+def load_gguf(name_or_path: str, to: str, gguf_file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_source` of a GGUF file."""
+    if Path(name_or_path).exists() and not Path(name_or_path, gguf_file).is_file():
         refuse("gguf_file", gguf_file, f"a file of {name_or_path!r}")
-    check_model_type(name_or_path, AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file), allowed)
+    check_model_type(name_or_path, AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file), to)
     model, info = AutoModelForCausalLM.from_pretrained(
         name_or_path,
         gguf_file=gguf_file,
@@ -348,8 +359,3 @@ def load_gguf_source(
     )
     check_loaded(f"{name_or_path}/{gguf_file}", model, info)
     return model, AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file)
-
-
-def source_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the source, carried as it is; None where the source has none."""
-    return load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
