@@ -101,6 +101,10 @@ def test_an_empty_schedule_has_the_logits_of_the_source_and_goes_back(family, un
 @families
 def test_every_field_of_the_source_is_carried(family):
     source, plain = source_config(family, **UNUSUAL[family]), source_config(family)
+    # A default that changes nothing is not worth a line.
+    assert (
+        not {"max_window_layers", "pretraining_tp", "sliding_window"} & spiral_config(plain, **LOOP).to_dict().keys()
+    )
     converted = spiral_config(source, **LOOP)
     assert converted.layer_family == family and converted.scale_embeddings is False
     for name in UNUSUAL[family]:
