@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
+from modeling_spiralformer.cache_name_spiralformer import CACHE_NAME
 from workshop.costs import layer_bytes
 
 Models = dict[str, PreTrainedModel]
@@ -29,7 +30,7 @@ def time_context(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> 
     cache = DynamicCache(config=model.config)
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
-        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return model(tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
     prefill, token = seconds(lambda: forward(ids))
     held = sum(map(layer_bytes, cache.layers))
