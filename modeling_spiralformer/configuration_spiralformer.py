@@ -373,8 +373,8 @@ class SpiralFormerConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # of the family, not of the class
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
-        parts = ("prelude", "core", "coda")
-        return {f"{part}.*.{name}": style for part in parts for name, style in plan.items()}
+        counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
+        return {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
 
     @property
     def num_hidden_layers(self) -> int:
