@@ -158,7 +158,9 @@ def all_configs() -> dict[str, SpiralFormerConfig]:
     """Every configuration that this project ships, by name."""
     # Queries in pairs, and a gated MLP of nearly as many parameters.
     llama = tiny_config(layer_family="llama", num_key_value_heads=2, intermediate_size=176)
-    return {"tiny": tiny_config(), "tiny-llama": llama} | {model.name: published_config(model) for model in PUBLISHED_MODELS}
+    return {"tiny": tiny_config(), "tiny-llama": llama} | {
+        model.name: published_config(model) for model in PUBLISHED_MODELS
+    }
 
 
 def to_json(config: SpiralFormerConfig) -> str:

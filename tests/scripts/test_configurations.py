@@ -26,7 +26,9 @@ def test_files_are_what_the_script_writes():
 
 @pytest.mark.parametrize("name", ["tiny2", "configuration/tiny", "../tokenization", "", Path("tiny")])
 def test_a_name_that_is_none_of_them_is_refused(name):
-    with pytest.raises(ValueError, match=r"`name` must be one of \[.*'spiralformer-b-mesh-160m', .*'tiny', 'tiny-llama'\], but got"):
+    with pytest.raises(
+        ValueError, match=r"`name` must be one of \[.*'spiralformer-b-mesh-160m', .*'tiny', 'tiny-llama'\], but got"
+    ):
         configuration_folder(name)
 
 
