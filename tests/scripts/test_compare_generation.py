@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 import compare_generation
 from modeling_spiralformer import SpiralFormerForCausalLM
 from workshop import generation
-from workshop.costs import promised_bytes
 
 SIZES = {"vocab_size": 4096, "hidden_size": 32, "num_core_layers": 1, "max_position_embeddings": 512}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -45,11 +44,12 @@ def test_the_command_counts_the_cache_and_times_every_model(checkpoints, workpla
     figures = compare_generation.main(arguments)
     assert figures == json.loads((workplace / "figures.json").read_text())
     plain, loop = checkpoints
+    kept = 2 * 32 * 4  # keys and values of a token, or a latent, in one layer
     for length in (16, 64):
         held = figures["contexts"][str(length)]
-        assert held[plain]["bytes"] == promised_bytes(2, 32, 4) * length
+        assert held[plain]["bytes"] == 2 * kept * length
         # 1 prelude, 1 coda, 1 core at 1/4 and at 1: and the states of the open chunk and the latents still read.
-        between = held[loop]["bytes"] - promised_bytes(3.25, 32, 4) * length
+        between = held[loop]["bytes"] - (2 + 1.25) * kept * length
         assert 0 < between <= 8 * 32 * 4
     printed = capsys.readouterr().out
     assert printed.count(f"| {loop} | 16 |") == printed.count(f"| {plain} | {loop} |") == 1

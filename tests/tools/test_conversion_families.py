@@ -14,14 +14,17 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from convert import ConversionArguments
 from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
-from modeling_spiralformer.layers_spiralformer import FAMILIES
+from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
 from workshop.conversion import FAMILY_OF, plain_config, spiral_config, to_plain, to_spiralformer
 
 # No field at its default, so that none can be lost unseen.
@@ -135,6 +138,32 @@ def test_layers_go_where_the_split_says(family):
 def test_every_family_can_be_a_source():
     assert [*FAMILY_OF] == [family.config_class.model_type for family in FAMILIES.values()]
     assert {"gpt_neox", *CLASSES} == set(FAMILIES), "a new family needs its row in CLASSES and UNUSUAL"
+
+
+@torch.no_grad()
+def test_another_family_needs_its_entry_alone(monkeypatch):
+    """Qwen2's, as CONTRIBUTING.md says: there, and back."""
+    family = LayerFamily(
+        config_class=Qwen2Config,
+        layer=Qwen2DecoderLayer,
+        attention=Qwen2Attention,
+        rotary_embedding=Qwen2RotaryEmbedding,
+        outputs=("self_attn.o_proj", "mlp.down_proj"),
+        norm="rms_norm",
+        more_fields=("head_dim",),
+        unread_fields=("max_window_layers",),
+    )
+    monkeypatch.setitem(FAMILIES, "qwen2", family)
+    monkeypatch.setitem(FAMILY_OF, "qwen2", "qwen2")
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    config = Qwen2Config(**sizes, num_key_value_heads=2, num_hidden_layers=LAYERS, rms_norm_eps=1e-3)
+    source = large_weights(Qwen2ForCausalLM(config)).double().eval()
+    converted = to_spiralformer(source, chunk_sizes=[]).eval()
+    ids = random_ids(2, 19)
+    assert torch.equal(converted(ids).logits, source(ids).logits)
+    assert same_state(to_plain(converted), source)
+    with pytest.raises(ValueError, match="use_sliding_window.*False.*True"):
+        spiral_config(Qwen2Config(**sizes, num_hidden_layers=LAYERS, **SLIDING), **LOOP)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------
