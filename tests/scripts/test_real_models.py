@@ -143,7 +143,6 @@ def test_figures_and_harness(workplace):
 def test_costs_of_generation(workplace):
     (words,) = of("scripts/compare_generation.py")
     short = ["--context_lengths", "64", "512", "--new_tokens", "8", "--prompts", "1", "--rounds", "1"]
-    words = [word for word in words if word != "--compiled"]
     run_words([*words[1:], *short, "--output_file", "figures.json"], workplace)
     figures = json.loads((workplace / "figures.json").read_text())
     source, spiral = figures["contexts"]["512"].values()
