@@ -277,15 +277,20 @@ class MovedCache:
 
     Attention asks for entry `layer_idx`, which a layer has only one of. A shared layer has an entry in each iteration,
     and in a view of some iterations the coda comes earlier.
+
+    Args:
+        first: the first of the layers that are moved; those before it have their own entries.
     """
 
-    def __init__(self, cache: Cache, entry_offset: int):
+    def __init__(self, cache: Cache, entry_offset: int, first: int = 0):
         self.cache = cache
         self.entry_offset = entry_offset
+        self.first = first
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`, into the entry that the layer has here."""
-        return self.cache.update(key_states, value_states, layer_idx + self.entry_offset, *args, **kwargs)
+        entry = layer_idx + self.entry_offset if layer_idx >= self.first else layer_idx
+        return self.cache.update(key_states, value_states, entry, *args, **kwargs)
 
 
 class IterationCache(MovedCache):

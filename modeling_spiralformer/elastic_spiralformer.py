@@ -28,8 +28,10 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .configuration_spiralformer import SpiralFormerConfig
 
 # What the library keeps on a model itself, beside its modules, that holds for their views.
-KEPT_BY_MODEL = ("hf_quantizer", "is_quantized", "quantization_method", "peft_config", "_hf_peft_config_loaded")
-KEPT_BY_MODEL += ("_loss_function", "hf_device_map")
+KEPT_BY_MODEL = [
+    *("hf_quantizer", "is_quantized", "quantization_method", "peft_config", "_hf_peft_config_loaded"),
+    *("_loss_function", "hf_device_map"),
+]
 
 
 def choose_iterations(config: SpiralFormerConfig, chunk_sizes: list[int] | tuple[int, ...]) -> list[int]:
@@ -39,7 +41,8 @@ def choose_iterations(config: SpiralFormerConfig, chunk_sizes: list[int] | tuple
         `ValueError`: where the schedule of `config` has no such iterations in this order, and for an empty list.
     """
     is_list = isinstance(chunk_sizes, (list, tuple)) and all(type(size) is int for size in chunk_sizes)
-    schedule, iterations = list(config.chunk_sizes), []
+    schedule = list(config.chunk_sizes)
+    iterations: list[int] = []
     for size in chunk_sizes if is_list else ():
         first = iterations[-1] + 1 if iterations else 0
         if size not in schedule[first:]:

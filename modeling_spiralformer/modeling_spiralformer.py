@@ -270,7 +270,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, *args, **kwargs):
         """As the library does; for a view and its model together, since they share the layers."""
         super().set_attn_implementation(*args, **kwargs)
-        self.base_model.layer_config._attn_implementation = self.config._attn_implementation
+        body: SpiralFormerModel | MaybeNone = self.base_model
+        body.layer_config._attn_implementation = self.config._attn_implementation
 
     def with_schedule(self, chunk_sizes: list[int] | tuple[int, ...]) -> Self:
         """A view that runs the iterations of these chunk sizes alone, on the same parameters.
@@ -329,8 +330,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             entries.start - first_core - layers.start
             for entries, layers in zip(self.core_entries, self.core_layers, strict=True)
         ]
-        self.coda_offset, self.layer_config, self.shared = 0, config, []
-        self.records_outputs = False
+        self.coda_offset, self.layer_config, self.records_outputs = 0, config, False
+        self.shared: list[tuple[nn.Module, str, nn.Module, str]] = []
         for layer in (*self.prelude, *self.core, *self.coda):
             for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
                 output.initial_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
@@ -384,8 +385,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states, carrier = self.topology(hidden_states, embeddings)
 
         # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t, carrier), once per resolution
-        # Layers that FSDP shards are gathered by all processes at once, in evaluation too. The mode is that of a module
-        # which a view has in common with its model.
+        # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
         run_idle = self.emb_dropout.training or (bool(states) and hasattr(self.core[0], "unshard"))
         for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
             core = partial(self._run_core, iteration, **kwargs)
@@ -393,8 +393,6 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states, carrier = self.topology(update, hidden_states, carrier)
 
         # norm(f_post(h_T))
-        if cache is not None and self.coda_offset:
-            token_layer |= {"layer_past": MovedCache(cache, self.coda_offset)}
         for layer in self.coda:
             hidden_states = layer(hidden_states, **token_layer)
         if states:
@@ -502,10 +500,13 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:
         """What the layers of prelude and coda are given."""
+        moved = None
+        if cache is not None and self.coda_offset:
+            moved = MovedCache(cache, self.coda_offset, first=len(self.prelude))
         return {
             "attention_mask": self._token_mask(batch, cache, inputs_embeds),
             "position_ids": batch.position_ids,
-            "layer_past": cache,
+            "layer_past": moved or cache,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
         }
 
