@@ -182,10 +182,10 @@ def saved_record(checkpoint: Path) -> dict:
 
 
 def draws_random_numbers(config: PreTrainedConfig, training: SpiralTrainingArguments) -> bool:
-    """Whether a training step hangs on random numbers, which each process draws for its own rows."""
+    """Whether a training step hangs on random numbers, which each process or each part of a step draws."""
     # A causal language model has no classifier.
     dropouts = [value for name, value in config.to_dict().items() if "dropout" in name and "classifier" not in name]
-    return any(dropouts) or training.neftune_noise_alpha is not None
+    return any(dropouts) or training.neftune_noise_alpha is not None or training.schedules is not None
 
 
 def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
