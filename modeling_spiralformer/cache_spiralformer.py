@@ -14,7 +14,8 @@
 """The multi-resolution KV cache: one cache layer per layer call; `DynamicCache(config=...)` builds them from
 `config.layer_types`. `docs/cache.md` has the layout and its cost.
 
-Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), D hidden size, H heads.
+Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (latents), D hidden size, H heads of keys,
+E size of a head.
 """
 
 from itertools import compress
@@ -43,7 +44,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # of 5.17, which hands every layer the arguments of all kinds
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Starts with no columns, in the shape, dtype and on the device of `(B, H, K, D // H)` states to come."""
+        """Starts with no columns, in the shape, dtype and on the device of `(B, H, K, E)` states to come."""
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
 
@@ -60,7 +61,7 @@ class SpiralFormerTokenLayer(GrowingLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds `(B, H, S, D // H)` keys and values; returns those of all tokens."""
+        """Adds `(B, H, S, E)` keys and values; returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = append_columns(self.keys, key_states)
@@ -77,27 +78,36 @@ class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
         super().__init__()
         self.record_past = False  # the library sets it too, and the state follows it in every call
 
-    def bind(self, grid: ChunkGrid, owner: "SpiralFormerLatentLayer", rows: Rows, empty: torch.Tensor) -> None:
+    def bind(
+        self,
+        grid: ChunkGrid,
+        owner: "SpiralFormerLatentLayer",
+        rows: Rows,
+        states: torch.Tensor,
+        heads: tuple[int, int],
+    ) -> None:
         """Gets ready for its iteration's first tokens.
 
         Args:
             grid: the iteration's chunks.
             owner: the layer that owns the state, this one or the iteration's first.
             rows: what all iterations share.
-            empty: `(B, H, 0, D // H)`, no keys in the dtype and on the device of those to come.
+            states: `(B, 0, D)`, none in the dtype and on the device of those to come.
+            heads: H and E of the keys.
         """
         if owner is self:
             self.state, self.owns_state = ResolutionState(grid, rows, cached=True), True
         self.state = owner.state
+        empty = states.new_zeros(states.shape[0], heads[0], 0, heads[1])
         self.lazy_initialization(empty, empty)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, filled: FilledChunks | None = None, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds `(R, H, K, D // H)` keys and values of the latents that `filled` describes.
+        """Adds `(R, H, K, E)` keys and values of the latents that `filled` describes.
 
         Returns:
-            The keys and values `(R, H, filled.end, D // H)` of the rows that run.
+            The keys and values `(R, H, filled.end, E)` of the rows that run.
         """
         if filled is None:
             raise ValueError("`filled` must say which chunks the keys belong to: this cache layer holds latents.")
@@ -255,12 +265,23 @@ def _start(
         fit_static_layers(cache, inputs_embeds.shape[0])
     else:
         restart(cache)
-    heads = config.num_attention_heads
-    empty = inputs_embeds.new_zeros(inputs_embeds.shape[0], heads, 0, config.hidden_size // heads)
+    states = inputs_embeds.detach()[:, :0]
+    heads = _local_heads(config), config.resolved_head_dim
     rows, core[0][0].owns_rows = Rows(), True
     for layers, grid in zip(core, grids, strict=True):
         for layer in layers:
-            layer.bind(grid, layers[0], rows, empty)
+            layer.bind(grid, layers[0], rows, states, heads)
+
+
+def _local_heads(config: SpiralFormerConfig) -> int:
+    """Heads of keys that this process holds: tensor parallelism deals them out."""
+    heads, processes = (
+        config.resolved_num_key_value_heads,
+        getattr(getattr(config, "distributed_config", None), "tp_size", 1),
+    )
+    if heads % processes:
+        raise ValueError(f"`tp_size` must divide the {heads} heads of keys, but got {processes}.")
+    return heads // processes
 
 
 def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:

@@ -24,11 +24,13 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import as_validated_field, strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
-from transformers.utils.type_validators import activation_fn_key, interval
+from transformers.utils.type_validators import interval
 
 from .cache_name_spiralformer import CACHE_NAME
+from .layers_spiralformer import FAMILIES, FAMILY_FIELDS, NORM_EPS
 
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -63,6 +65,8 @@ LEGACY_ROPE_NAMES = {
     "partial_rotary_factor": "partial_rotary_factor",
 }
 NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+# Fields that configurations from before the families of layers lack: they take their defaults without a warning.
+ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
 MISSPELT = 0.8
 
@@ -124,7 +128,11 @@ tokens_or_none = checked(
     lambda values: values is None or all(value >= 0 for value in values), "None or a list of integers >= 0"
 )
 dropout_rate = checked(lambda value: 0 <= value < 1, "in [0, 1)")
+dropout_rate_or_none = checked(lambda value: value is None or 0 <= value < 1, "None or in [0, 1)")
 positive_number = checked(is_positive, "a finite number > 0")
+positive_or_none = checked(lambda value: value is None or is_positive(value), "None or a finite number > 0")
+activation_or_none = checked(lambda name: name is None or name in ACT2FN, f"None or one of {list(ACT2FN)}")
+known_family = checked(lambda name: name in FAMILIES, f"one of {list(FAMILIES)}")
 # "auto" is what the library sets where `from_pretrained` is given it; no saved configuration holds it.
 floating_dtype = checked(
     lambda dtype: dtype == "auto" or is_floating(dtype), 'None, "auto" or a floating-point dtype of torch'
@@ -149,6 +157,22 @@ Fields that do not go together raise it in the constructor, in that of the model
 @strict
 class SpiralFormerConfig(PreTrainedConfig):
     r"""
+    layer_family (`str`):
+        "gpt_neox", "llama" or "qwen3": whose layers these are. Fields that a family lacks are None, and refused
+        otherwise. Those that it has take the defaults of that model where they are None.
+    norm (`str`, *optional*):
+        "layer_norm" or "rms_norm", in all layers and before the head. Default: that of the family.
+    rms_norm_eps (`float`, *optional*):
+        Epsilon of RMS norms, also of those of queries and keys (Qwen3), default 1e-6. None where there are none.
+    layer_norm_eps (`float`, *optional*):
+        Epsilon of layer norms, default 1e-5. None where there are none.
+    num_key_value_heads (`int`, *optional*):
+        Heads of keys and values, each read by an equal share of the `num_attention_heads` (grouped queries). Default
+        `num_attention_heads`. Not with GPT-NeoX.
+    head_dim (`int`, *optional*):
+        Size of a head. Default hidden_size / num_attention_heads, which GPT-NeoX always has.
+    mlp_bias (`bool`, *optional*):
+        Whether the products of the MLP add a bias: Llama alone may choose. Default False.
     num_prelude_layers (`int`):
         Layers of f_pre. At least 1 where the first chunk size exceeds 1, because the first entry of the cache counts
         tokens.
@@ -158,7 +182,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         Layers of f_post.
     chunk_sizes (`list[int]`):
         g_t, one per iteration in the order in which they run (in the paper coarse to fine), each >= 1. Empty: no loop,
-        a plain GPT-NeoX stack.
+        a plain stack, such as GPT-NeoX or Llama.
     chunk_offsets (`list[int]`, *optional*):
         w_t in [0, g_t); the first chunk has g_t - w_t members. Default g // 2.
     causal_shifts (`list[int]`, *optional*):
@@ -174,13 +198,13 @@ class SpiralFormerConfig(PreTrainedConfig):
     share_core (`bool`):
         False gives every iteration core layers of its own (the unlooped baseline).
     rope_parameters (`dict`, *optional*):
-        Rotary embedding, default theta 10000 on a quarter of each head.
+        Rotary embedding, default theta 10000; with GPT-NeoX on a quarter of each head, else on all of it.
     scale_embeddings (`bool`):
         Multiply the embeddings by sqrt(hidden_size).
     max_position_embeddings (`int`):
         Longest text the model is meant for, in tokens.
     use_parallel_residual (`bool`):
-        Attention and MLP read the same state, as in `GPTNeoXConfig`.
+        Attention and MLP read the same state, as in `GPTNeoXConfig`. With GPT-NeoX alone.
     """
 
     model_type = "spiralformer"
@@ -190,6 +214,10 @@ class SpiralFormerConfig(PreTrainedConfig):
     hidden_size: int = count_from_1(default=768)
     intermediate_size: int = count_from_1(default=3072)
     num_attention_heads: int = count_from_1(default=12)
+    num_key_value_heads: int | None = count_or_none(default=None)
+    head_dim: int | None = count_or_none(default=None)
+    layer_family: str = known_family(default="gpt_neox")
+    norm: Literal["layer_norm", "rms_norm"] | None = None
     num_prelude_layers: int = count_from_0(default=2)
     num_core_layers: int = count_from_0(default=4)
     num_coda_layers: int = count_from_0(default=2)
@@ -204,12 +232,14 @@ class SpiralFormerConfig(PreTrainedConfig):
     rope_parameters: dict | None = rotary_parameters(default=None)
     scale_embeddings: bool = True
     max_position_embeddings: int = count_from_1(default=4096)
-    use_parallel_residual: bool = True
-    attention_bias: bool = True
-    hidden_act: str = activation_fn_key(default="gelu")
-    layer_norm_eps: float = positive_number(default=1e-5)
+    use_parallel_residual: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    hidden_act: str | None = activation_or_none(default=None)
+    layer_norm_eps: float | None = positive_or_none(default=None)
+    rms_norm_eps: float | None = positive_or_none(default=None)
     attention_dropout: float | int = dropout_rate(default=0.0)
-    hidden_dropout: float | int = dropout_rate(default=0.0)
+    hidden_dropout: float | int | None = dropout_rate_or_none(default=None)
     classifier_dropout: float | int = dropout_rate(default=0.1)
     initializer_range: float = positive_number(default=0.02)
     tie_word_embeddings: bool = False
@@ -229,7 +259,21 @@ class SpiralFormerConfig(PreTrainedConfig):
         for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
             if not is_floating(dtype):
                 refuse(name, dtype, "None or a floating-point dtype of torch")
+        self._fill_in_family()
         super().__post_init__(**kwargs)
+
+    def _fill_in_family(self):
+        """Gives the fields that the family of layers has its defaults, where they are None."""
+        family = FAMILIES[self.layer_family]
+        defaults: dict[str, Any] = family.defaults
+        if "head_dim" in defaults:
+            defaults["num_key_value_heads"] = self.num_attention_heads
+            defaults["head_dim"] = self.hidden_size // self.num_attention_heads
+        defaults["norm"] = self.norm or family.norm
+        defaults |= family.used_eps(defaults["norm"])
+        for field, value in defaults.items():
+            if getattr(self, field) is None:
+                setattr(self, field, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -260,7 +304,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         """
         common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
         own = [item for item in dataclasses.fields(cls) if item.name not in common]
-        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given}]
+        older = () if "layer_family" in config_dict else ADDED_FIELDS
+        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
             rotary.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
@@ -268,6 +313,10 @@ class SpiralFormerConfig(PreTrainedConfig):
             named = {NESTED_ROPE_NAMES.get(name, name) for part in parts for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
+        for family in (FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")):
+            known = (*family.defaults, *family.used_eps(config_dict.get("norm") or family.norm), "norm")
+            null = [field for field in known if field in config_dict and config_dict[field] is None]
+            faults += [f"`{field}` is null and takes its default." for field in null]
         names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
         both = isinstance(names, dict) and isinstance(numbers, dict)
         if both and {str(number): name for name, number in numbers.items()} != {str(n): names[n] for n in names}:
@@ -312,6 +361,23 @@ class SpiralFormerConfig(PreTrainedConfig):
         return self.num_iterations + 3 if self.num_memory_slots is None else self.num_memory_slots
 
     @property
+    def resolved_num_key_value_heads(self) -> int:
+        """Heads of keys and values, as many as queries where the family has no other."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Size of a head, the default hidden_size / num_attention_heads filled in."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # of the family, not of the class
+        """How tensor parallelism shards the layers: as the library shards those of their own model."""
+        plan = FAMILIES[self.layer_family].layer_tp_plan
+        counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
+        return {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+
+    @property
     def num_hidden_layers(self) -> int:
         """Attention calls in one forward: prelude + T * core + coda. One cache entry each."""
         return len(self.layer_types)
@@ -349,9 +415,25 @@ class SpiralFormerConfig(PreTrainedConfig):
     # Not when a field is set: two fields that go together could not be changed one after the other.
 
     def validate_architecture(self):
-        """Heads share the width."""
-        if self.hidden_size % self.num_attention_heads:
-            refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads ({self.num_attention_heads})")
+        """Heads share the width, and queries the heads of keys and values."""
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads ({heads})")
+        if self.num_key_value_heads is not None and heads % self.num_key_value_heads:
+            refuse("num_key_value_heads", self.num_key_value_heads, f"a divisor of num_attention_heads ({heads})")
+
+    def validate_layer_family(self):
+        """What the family of layers lacks is None, and what it has is not; likewise the epsilons of its norms."""
+        known = FAMILIES[self.layer_family]
+        has = {*known.defaults, *known.used_eps(self.norm or known.norm), "norm"}
+        family = f'with layer_family "{self.layer_family}" and norm "{self.norm}"'
+        for field in (*FAMILY_FIELDS, *(eps for eps, _ in NORM_EPS.values()), "norm"):
+            value = getattr(self, field)
+            if (value is not None) != (field in has):
+                refuse(field, value, f"{'set' if field in has else 'None'} {family}")
+        for field in ("sliding_window", "use_sliding_window"):
+            if getattr(self, field, None):
+                refuse(field, getattr(self, field), "left out: every layer attends to the whole text")
 
     def validate_schedule(self):
         """Chunk sizes, offsets and shifts, and the layer counts that go with them.
@@ -402,7 +484,9 @@ class SpiralFormerConfig(PreTrainedConfig):
         for field, value in parameters.items():
             if field not in allowed:
                 refuse(f"rope_parameters[{field!r}]", value, f"left out: rope_type {rope_type!r} has {allowed}")
-        share, head_size = parameters["partial_rotary_factor"], self.hidden_size // self.num_attention_heads
+        share, head_size = parameters["partial_rotary_factor"], self.resolved_head_dim
+        if share != 1 and FAMILIES[self.layer_family].partial_rotary_factor is None:
+            refuse("rope_parameters['partial_rotary_factor']", share, f'1 with layer_family "{self.layer_family}"')
         rotary_dims = int(head_size * share)
         if share > 1 or rotary_dims < 2 or rotary_dims % 2:
             even = f"in (0, 1] and give an even number >= 2 of the {head_size} dimensions of a head"
@@ -412,7 +496,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         """Nothing to check: `layer_types` is derived, and the library's list does not know latents."""
 
     def convert_rope_params_to_dict(self, **kwargs):
-        """Fills in GPT-NeoX's rotary defaults: theta 10000, a quarter of each head (the library's would be all)."""
+        """Fills in the rotary defaults: theta 10000, and the family's share of each head (the library's is all)."""
         given = {"rope_parameters": self.rope_parameters, "rope_scaling": kwargs.pop("rope_scaling", None)}
         given |= {name: {name: kwargs.pop(name)} for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
         merged: dict = {}
@@ -425,7 +509,8 @@ class SpiralFormerConfig(PreTrainedConfig):
                     refuse(f"{source}[{name!r}]", value, "one value for all layers")
                 if value is not None and merged.setdefault(name, value) != value:
                     refuse(f"{source}[{name!r}]", value, f"given once, and was {merged[name]!r} before")
-        self.rope_parameters = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **merged}
+        share = FAMILIES[self.layer_family].partial_rotary_factor or 1.0
+        self.rope_parameters = {"rope_theta": 10000.0, "partial_rotary_factor": share, **merged}
         self.standardize_rope_params()
         return kwargs
 

@@ -233,7 +233,7 @@ class LatentEntry:
     owns_state = False
     owns_rows = False
     # What its subclasses have. None is what keys and values are in an entry that holds nothing.
-    keys: torch.Tensor | MaybeNone  # (B, H, columns, D // H)
+    keys: torch.Tensor | MaybeNone  # (B, H, columns, E): heads of keys, size of a head
     values: torch.Tensor | MaybeNone
     record_past: bool  # in a dynamic cache
     bind: Callable[..., None]

@@ -15,7 +15,8 @@
 
 `SpiralFormerModel.forward` is the paper's Algorithm 1, `SpiralFormerResolution.forward` the line inside its loop. pi,
 rho and K(n) are methods of `ChunkGrid` (`chunking_spiralformer`), the topologies are in `topology_spiralformer`, what
-is kept between calls is in `level_spiralformer` and `cache_spiralformer`; the layers are GPT-NeoX's own.
+is kept between calls is in `level_spiralformer` and `cache_spiralformer`; the layers are the library's own, of the
+family that `layers_spiralformer` describes.
 
     paper                       here
     x, v = f_pre(x)             embeddings, `prelude`
@@ -34,7 +35,6 @@ of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Self
@@ -65,7 +65,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -84,6 +83,7 @@ from .cache_spiralformer import IterationCache, MovedCache, find_states, read_pa
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
 from .elastic_spiralformer import check_shared, make_view, record_outputs
+from .layers_spiralformer import FAMILIES, make_layer, make_norm, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
@@ -217,17 +217,6 @@ class SpiralFormerResolution(nn.Module):
         return self._scale_up(latents)[:0].sum() + hidden_states[:0].sum()
 
 
-def name_peft_targets(model_type: str) -> None:
-    """Gives `model_type` the default `target_modules` of GPT-NeoX, whose layers these are, in every tuner of PEFT.
-
-    Nothing where PEFT is not loaded, and nothing is loaded for it: PEFT then asks for `target_modules`.
-    """
-    constants = sys.modules.get("peft.utils.constants")
-    for mapping in vars(constants).values() if constants else ():
-        if isinstance(mapping, dict) and "gpt_neox" in mapping:
-            mapping.setdefault(model_type, mapping["gpt_neox"])
-
-
 @auto_docstring
 class SpiralFormerPreTrainedModel(PreTrainedModel):
     """What all SpiralFormer models share: validation of the configuration, initialisation, capability flags."""
@@ -235,7 +224,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: set[str] | list[str] = ["GPTNeoXLayer", "SpiralFormerResolution", "SpiralFormerMeSH"]
+    _no_split_modules: set[str] | list[str] = ["SpiralFormerResolution", "SpiralFormerMeSH"]  # and layers
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -246,16 +235,17 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": [
             OutputRecorder(nn.Dropout, layer_name="emb_dropout", capture_initial_hidden_state=False),
-            OutputRecorder(GPTNeoXLayer, capture_initial_hidden_state=False),
+            *(OutputRecorder(family.layer, capture_initial_hidden_state=False) for family in FAMILIES.values()),
         ],
-        "attentions": GPTNeoXAttention,
+        "attentions": [family.attention for family in FAMILIES.values()],
     }
 
     def post_init(self):
         super().post_init()
         # accelerate shards by these names, and refuses one that the model does not hold.
         held = {type(module).__name__ for module in self.modules() if next(module.parameters(), None) is not None}
-        self._no_split_modules = set(self._no_split_modules) & held
+        layer = FAMILIES[self.config.layer_family].layer.__name__
+        self._no_split_modules = {*self._no_split_modules, layer} & held
         name_peft_targets(self.config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -305,23 +295,23 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         iterations, core = config.num_iterations, config.num_core_layers
         first_core, first_coda = config.num_prelude_layers, config.num_hidden_layers - config.num_coda_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.emb_dropout = nn.Dropout(config.hidden_dropout)
+        self.emb_dropout = nn.Dropout(config.hidden_dropout or 0.0)  # not of every family
         # A layer knows the first of its cache entries. A shared layer has one in each iteration.
-        self.prelude = nn.ModuleList(GPTNeoXLayer(config, entry) for entry in range(first_core))
+        self.prelude = nn.ModuleList(make_layer(config, entry) for entry in range(first_core))
         # CODEPATH: pythia-mesh-1.4b alone has core layers of its own in each iteration.
         step = 0 if config.share_core else core
         self.core_layers = [range(t * step, t * step + core) for t in range(iterations)]
         self.core_entries = [config.core_entries(t) for t in range(iterations)]
         num_layers = max((layers.stop for layers in self.core_layers), default=0)
-        self.core = nn.ModuleList(GPTNeoXLayer(config, first_core + i) for i in range(num_layers))
-        self.coda = nn.ModuleList(GPTNeoXLayer(config, first_coda + i) for i in range(config.num_coda_layers))
+        self.core = nn.ModuleList(make_layer(config, first_core + i) for i in range(num_layers))
+        self.coda = nn.ModuleList(make_layer(config, first_coda + i) for i in range(config.num_coda_layers))
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
         self.topology: nn.Module | MaybeNone = None
         if iterations:
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.rotary_emb = GPTNeoXRotaryEmbedding(config=config)  # type: ignore[arg-type]
+        self.norm = make_norm(config)
+        self.rotary_emb = FAMILIES[config.layer_family].rotary_embedding(config=config)
         self.grids = ChunkGrid.of(config)
         # In a view, which shares modules with another model, these are others (`elastic_spiralformer`): how far the
         # entries of core and coda are from the numbers of the layers, the configuration that the layers read, and
@@ -332,9 +322,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         ]
         self.coda_offset, self.layer_config, self.records_outputs = 0, config, False
         self.shared: list[tuple[nn.Module, str, nn.Module, str]] = []
-        for layer in (*self.prelude, *self.core, *self.coda):
-            for output in (layer.attention.dense, layer.mlp.dense_4h_to_h):
-                output.initial_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        self.cache_argument = FAMILIES[config.layer_family].cache_argument
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -422,8 +410,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 latents,
                 attention_mask=attention_mask,
                 position_ids=filled.position_ids,
-                layer_past=view,
                 position_embeddings=position_embeddings,
+                **{self.cache_argument: view},
                 **kwargs,
             )
         return latents
@@ -506,7 +494,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         return {
             "attention_mask": self._token_mask(batch, cache, inputs_embeds),
             "position_ids": batch.position_ids,
-            "layer_past": moved or cache,
+            self.cache_argument: moved or cache,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
         }
 
@@ -549,6 +537,7 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 @auto_docstring(custom_intro="SpiralFormer with a language-modelling head: logits `(B, S, vocab_size)`.")
 class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)

@@ -282,17 +282,23 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__(max_cache_len=max_cache_len)
 
-    def bind(self, grid: ChunkGrid, owner: "SpiralFormerStaticLatentLayer", rows: Rows, empty: torch.Tensor) -> None:
+    def bind(
+        self,
+        grid: ChunkGrid,
+        owner: "SpiralFormerStaticLatentLayer",
+        rows: Rows,
+        states: torch.Tensor,
+        heads: tuple[int, int],
+    ) -> None:
         """As for the dynamic layer: gets ready for its state's first tokens, allocating everything."""
-        if self.state is not None and self.state.num_rows == empty.shape[0]:
+        if self.state is not None and self.state.num_rows == states.shape[0]:
             return
         if owner is self:
-            states = empty.transpose(1, 2).flatten(2)
             self.state, self.owns_state = StaticState(grid, rows, self.max_cache_len, states), True
         self.state = state = owner.state
-        shape = (*empty.shape[:2], state.max_latents, empty.shape[-1])
-        self.keys, self.values = empty.new_zeros(shape), empty.new_zeros(shape)
-        self.dtype, self.device, self.batch_size = empty.dtype, empty.device, empty.shape[0]
+        shape = (states.shape[0], heads[0], state.max_latents, heads[1])
+        self.keys, self.values = states.new_zeros(shape), states.new_zeros(shape)
+        self.dtype, self.device, self.batch_size = states.dtype, states.device, states.shape[0]
         self.is_initialized = True
         if not is_torchdynamo_compiling():
             for tensor in (self.keys, self.values, state.token_ring, state.latent_ring, state.column):
@@ -301,7 +307,7 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, filled: FilledChunks | None = None, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds `(B, H, K, D // H)` keys and values; returns those of all latent columns."""
+        """Adds `(B, H, K, E)` keys and values; returns those of all latent columns."""
         if filled is None:
             raise ValueError("`filled` must say which chunks the keys belong to: this cache layer holds latents.")
         for stored, new in ((self.keys, key_states), (self.values, value_states)):

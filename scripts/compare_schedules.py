@@ -59,7 +59,7 @@ def main(argv: list[str]) -> list[dict]:
     if byte_lengths is None:
         raise ValueError("The tokenizer must be byte-level BPE, whose tokens stand for bytes that can be counted.")
     longest = model.config.max_position_embeddings - length // 2
-    if not 2 <= length or arguments.new_tokens > longest:
+    if length < 2 or arguments.new_tokens > longest:
         raise ValueError(
             f"`length` must be at least 2, and `new_tokens` at most {longest} after half of it, but got {length} and "
             f"{arguments.new_tokens}."

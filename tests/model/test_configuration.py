@@ -115,18 +115,23 @@ WRONG = {
     **dict.fromkeys(
         ("attention_dropout", "hidden_dropout", "classifier_dropout"), [2.0, 1, -0.1, float("nan"), "0.1"]
     ),
-    **dict.fromkeys(("layer_norm_eps", "initializer_range"), [0.0, -1.0, float("inf"), float("nan"), "1e-5"]),
+    **dict.fromkeys(
+        ("layer_norm_eps", "rms_norm_eps", "initializer_range"), [0.0, -1.0, float("inf"), float("nan"), "1e-5"]
+    ),
     **dict.fromkeys(("share_core", "scale_embeddings", "use_parallel_residual", "attention_bias"), ["no", 0]),
-    **dict.fromkeys(("tie_word_embeddings", "use_cache"), ["no", 0]),
+    **dict.fromkeys(("tie_word_embeddings", "use_cache", "mlp_bias"), ["no", 0]),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ["0", 0.5]),
     "num_attention_heads": [0, -2],
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), [0, -2, 2.0]),
+    "layer_family": ["gpt", None],
+    "norm": ["batch_norm", 1],
     "chunk_sizes": [[0], [4, 1.5], "421", None],
     "chunk_offsets": [[-1, 0, 0], ["1"], 2],
     "causal_shifts": [[3, -1, 0], (True,)],
     "down_scaling": ["max", None],
     "up_scaling": ["copy"],
     "topology": ["ring", ""],
-    "hidden_act": ["sharp", None],
+    "hidden_act": ["sharp", 3],
     "num_memory_slots": [0, -3, 2.0],
     "rope_parameters": [{"rope_type": "dynamic"}, {"type": "longrope"}, {"rope_theta": -1.0}, {"rotary_pct": "a"}, 4],
     "dtype": ["float33", "int8", torch.int8, 16],

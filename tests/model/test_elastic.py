@@ -80,6 +80,8 @@ VARIANTS = {
     "residual, own cores": {"topology": "residual", "share_core": False, "up_scaling": "broadcast"},
     "base": {"topology": "base", "num_coda_layers": 0},
     "tied": {"tie_word_embeddings": True},
+    "llama": {"layer_family": "llama", "num_key_value_heads": 1},
+    "qwen3, own cores": {"layer_family": "qwen3", "share_core": False},
 }
 variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 schedule = pytest.mark.parametrize("chunk_sizes", [[7, 2], [4, 4, 1], [1], [2, 4], [7, 4, 2, 4, 1]], ids=str)
@@ -459,7 +461,9 @@ def test_a_compiled_model_and_its_compiled_view():
 
 
 @pytest.mark.parametrize("draft", ["view", "model"])
-@pytest.mark.parametrize("options", [{}, {"share_core": False, "topology": "anchor"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"share_core": False, "topology": "anchor", "layer_family": "llama"}], ids=str
+)
 def test_self_speculation_gives_the_greedy_tokens(draft, options):
     model, ids = parent(**options), random_ids(1, 13)
     view = model.with_schedule([7, 4, 1])

@@ -18,6 +18,7 @@ from modeling_spiralformer import (
     SpiralFormerForTokenClassification,
     SpiralFormerModel,
 )
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
 LENGTH = 21
@@ -212,24 +213,29 @@ def test_a_pipeline_of_a_model_finds_its_task_supported(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("config_class", [LoraConfig, AdaLoraConfig, IA3Config])
-def test_adapters_without_targets_take_those_of_gpt_neox(config_class):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_without_targets_take_those_of_their_family(config_class, family):
     given = {"total_step": 10} if config_class is AdaLoraConfig else {}
-    model = get_peft_model(make_head(SpiralFormerForCausalLM), config_class(task_type="CAUSAL_LM", **given))
+    model = make_head(SpiralFormerForCausalLM, layer_family=family)
+    model = get_peft_model(model, config_class(task_type="CAUSAL_LM", **given))
     adapted = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") or hasattr(module, "ia3_l")
     }
-    expected = {"query_key_value", "dense_4h_to_h"} if config_class is IA3Config else {"query_key_value"}
+    expected = {"query_key_value"} if family == "gpt_neox" else {"q_proj", "v_proj"}
+    if config_class is IA3Config:  # the library's lists for Llama and Qwen3 differ: here they are one
+        expected |= {"dense_4h_to_h"} if family == "gpt_neox" else {"k_proj", "down_proj"}
     assert adapted == expected
 
 
-def test_every_list_of_targets_that_holds_gpt_neox_holds_us():
+def test_every_list_of_targets_that_holds_a_family_holds_us():
     make_head(SpiralFormerForCausalLM)
     lists = {name: targets for name, targets in vars(constants).items() if isinstance(targets, dict)}
-    with_neox = {name for name, targets in lists.items() if "gpt_neox" in targets}
-    assert len(with_neox) > 20
-    assert all(lists[name]["spiralformer"] == lists[name]["gpt_neox"] for name in with_neox)
+    for family in FAMILIES:
+        known = [targets for targets in lists.values() if isinstance(targets.get(family), list)]
+        assert len(known) > 20
+        assert all(set(targets[family]) <= set(targets["spiralformer"]) for targets in known)
 
 
 def test_label_smoothing_with_a_learned_prompt_ends_in_an_error(tmp_path):
