@@ -371,11 +371,19 @@ class SpiralFormerConfig(PreTrainedConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # of the family, not of the class
+    def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
         counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
-        return {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        rules = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        return rules | vars(self).get("base_model_tp_plan", {})
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]):
+        """Keeps what the plan says beyond the layers: transformers up to 5.17 adds the rule of tied embeddings."""
+        layers = self.base_model_tp_plan
+        rules = {name: style for name, style in plan.items() if layers.get(name) != style}
+        vars(self)["base_model_tp_plan"] = rules  # a name that is never saved
 
     @property
     def num_hidden_layers(self) -> int:
