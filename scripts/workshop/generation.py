@@ -67,7 +67,7 @@ def time_generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **
 def time_assisted(
     target: PreTrainedModel, assistant: PreTrainedModel, ids: torch.Tensor, new_tokens: int
 ) -> dict[str, float]:
-    """Seconds, how many tokens one call of the target gave, and the share of drafts that it accepted.
+    """Seconds, new tokens, calls of the target, and drafts of the assistant.
 
     A call of the target accepts some drafts and adds a token of its own; a call of the assistant makes a draft.
     """
@@ -85,13 +85,14 @@ def time_assisted(
     finally:
         for hook in hooks:
             hook.remove()
-    made = tokens.shape[1]
-    accepted = (made - calls["target"]) / calls["assistant"]
-    return {"seconds": duration, "tokens_per_call": made / calls["target"], "accepted": accepted}
+    return {"seconds": duration, "made": tokens.shape[1], "calls": calls["target"], "drafts": calls["assistant"]}
 
 
 def compare_assisted(models: Models, prompts: list[torch.Tensor], new_tokens: int, rounds: int) -> dict:
-    """(target, assistant) -> medians over prompts and rounds, with the time of the target alone beside them."""
+    """
+    (target, assistant) -> the share of all drafts that was accepted, tokens per call of the target, and the median of
+    the time over that of the target alone.
+    """
     names = [*models]
     pairs = [(target, assistant) for target in names for assistant in names if target != assistant]
     found: dict = {pair: [] for pair in pairs}
@@ -101,9 +102,12 @@ def compare_assisted(models: Models, prompts: list[torch.Tensor], new_tokens: in
                 alone, _ = time_generate(models[target], ids, new_tokens)
                 with_draft = time_assisted(models[target], models[assistant], ids, new_tokens)
                 found[target, assistant].append({**with_draft, "ratio": with_draft["seconds"] / alone})
-    return {
-        pair: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for pair, runs in found.items()
-    }
+    figures = {}
+    for pair, runs in found.items():
+        made, calls, drafts = (sum(run[key] for run in runs) for key in ("made", "calls", "drafts"))
+        ratio = statistics.median(run["ratio"] for run in runs)
+        figures[pair] = {"accepted": (made - calls) / drafts, "tokens_per_call": made / calls, "ratio": ratio}
+    return figures
 
 
 def time_compiled(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, rounds: int) -> dict[str, float]:

@@ -63,7 +63,7 @@ def test_drafts_of_an_equal_model_are_all_accepted(same):
     assistant = small_model(seed=0 if same else 1, chunk_sizes=[4, 1])
     assistant.generation_config.assistant_confidence_threshold = 0.0  # random weights are sure of nothing
     ids = random_ids(1, 11)
-    figures = generation.time_assisted(target, assistant, ids, 20)
+    (figures, _) = generation.compare_assisted({"t": target, "a": assistant}, [ids], 20, rounds=1).values()
     if same:
         assert figures["accepted"] == 1 and figures["tokens_per_call"] > 3
     else:
