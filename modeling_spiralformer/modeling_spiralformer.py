@@ -80,7 +80,7 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import IterationCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
-from .layers_spiralformer import FAMILIES, make_layer, make_norm, name_peft_targets
+from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
@@ -288,7 +288,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = make_norm(config)
-        self.rotary_emb = FAMILIES[config.layer_family].rotary_embedding(config=config)
+        self.rotary_emb = make_rotary_embedding(config)
         self.grids = ChunkGrid.of(config)
         self.cache_argument = FAMILIES[config.layer_family].cache_argument
         self.gradient_checkpointing = False
