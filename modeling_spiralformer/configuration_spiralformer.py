@@ -65,6 +65,8 @@ LEGACY_ROPE_NAMES = {
     "partial_rotary_factor": "partial_rotary_factor",
 }
 NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+# Fields of other models whose layers see a window only: refused.
+WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
 ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
@@ -267,7 +269,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         defaults: dict[str, Any] = family.defaults
         if "head_dim" in defaults:
             defaults["num_key_value_heads"] = self.num_attention_heads
-            defaults["head_dim"] = self.hidden_size // self.num_attention_heads
+            if self.hidden_size % self.num_attention_heads == 0:  # `validate_architecture` refuses it otherwise
+                defaults["head_dim"] = self.hidden_size // self.num_attention_heads
         defaults["norm"] = self.norm or family.norm
         defaults |= family.used_eps(defaults["norm"])
         for field, value in defaults.items():
@@ -280,8 +283,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         for fault in cls.find_faults(config_dict, given=kwargs) + cls.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
         # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
-        older = {name: kwargs.pop(name) for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
-        return super().from_dict(config_dict | older, **kwargs)
+        unread = {name: kwargs.pop(name) for name in list(kwargs) if name in (*LEGACY_ROPE_NAMES, *WINDOW_FIELDS)}
+        return super().from_dict(config_dict | unread, **kwargs)
 
     @classmethod
     def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
@@ -430,7 +433,7 @@ class SpiralFormerConfig(PreTrainedConfig):
             value = getattr(self, field)
             if (value is not None) != (field in has):
                 refuse(field, value, f"{'set' if field in has else 'None'} {family}")
-        for field in ("sliding_window", "use_sliding_window"):
+        for field in WINDOW_FIELDS:
             if getattr(self, field, None):
                 refuse(field, getattr(self, field), "left out: every layer attends to the whole text")
 

@@ -50,9 +50,10 @@ def large_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 class ExactRMSNorm(LlamaRMSNorm):
-    """The library's RMS norm without its cast to float32, which makes 1e-8 of a rounding error of 1e-16 now and then.
+    """The library's RMS norm without its cast to float32.
 
-    A test that draws models meets it: a value in 1e8 lies that close to where float32 rounds the other way.
+    The cast makes 1e-8 of a difference of 1e-16 where float32 rounds the other way: about one value in 1e10, which
+    tests that draw models would meet now and then.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
