@@ -23,7 +23,7 @@ help:
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
-	@echo "make benchmark    time and memory beside GPT-NeoX of the same width, with a picture: about 25 minutes"
+	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, with pictures: about 50 minutes"
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
 	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 30 hours in all"
 	@echo "make figures      draw the figures of the docs"
@@ -99,9 +99,11 @@ table: $(STAMP)
 
 memory: $(STAMP)
 	$(RUN) scripts/cache_memory.py --config configuration/spiralformer-b-mesh-160m
+	$(RUN) scripts/cache_memory.py --config configuration/tiny-llama --plot runs/cache_memory_grouped.png
 
 benchmark: $(STAMP)
 	$(RUN) scripts/benchmark.py
+	$(RUN) scripts/benchmark.py --layer_family llama --output runs/benchmark_llama.json --plot runs/benchmark_llama.png
 
 results: $(STAMP)
 	$(RUN) scripts/report.py

@@ -266,11 +266,22 @@ def _start(
     else:
         restart(cache)
     states = inputs_embeds.detach()[:, :0]
-    heads = config.resolved_num_key_value_heads, config.resolved_head_dim
+    heads = _local_heads(config), config.resolved_head_dim
     rows, core[0][0].owns_rows = Rows(), True
     for layers, grid in zip(core, grids, strict=True):
         for layer in layers:
             layer.bind(grid, layers[0], rows, states, heads)
+
+
+def _local_heads(config: SpiralFormerConfig) -> int:
+    """Heads of keys that this process holds: tensor parallelism deals them out."""
+    heads, processes = (
+        config.resolved_num_key_value_heads,
+        getattr(getattr(config, "distributed_config", None), "tp_size", 1),
+    )
+    if heads % processes:
+        raise ValueError(f"`tp_size` must divide the {heads} heads of keys, but got {processes}.")
+    return heads // processes
 
 
 def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:

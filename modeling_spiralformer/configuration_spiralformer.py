@@ -134,6 +134,7 @@ dropout_rate_or_none = checked(lambda value: value is None or 0 <= value < 1, "N
 positive_number = checked(is_positive, "a finite number > 0")
 positive_or_none = checked(lambda value: value is None or is_positive(value), "None or a finite number > 0")
 activation_or_none = checked(lambda name: name is None or name in ACT2FN, f"None or one of {list(ACT2FN)}")
+known_family = checked(lambda name: name in FAMILIES, f"one of {list(FAMILIES)}")
 # "auto" is what the library sets where `from_pretrained` is given it; no saved configuration holds it.
 floating_dtype = checked(
     lambda dtype: dtype == "auto" or is_floating(dtype), 'None, "auto" or a floating-point dtype of torch'
@@ -217,7 +218,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     num_attention_heads: int = count_from_1(default=12)
     num_key_value_heads: int | None = count_or_none(default=None)
     head_dim: int | None = count_or_none(default=None)
-    layer_family: Literal["gpt_neox", "llama", "qwen3"] = "gpt_neox"
+    layer_family: str = known_family(default="gpt_neox")
     norm: Literal["layer_norm", "rms_norm"] | None = None
     num_prelude_layers: int = count_from_0(default=2)
     num_core_layers: int = count_from_0(default=4)
@@ -376,8 +377,8 @@ class SpiralFormerConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # of the family, not of the class
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
-        parts = ("prelude", "core", "coda")
-        return {f"{part}.*.{name}": style for part in parts for name, style in plan.items()}
+        counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
+        return {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
 
     @property
     def num_hidden_layers(self) -> int:

@@ -65,6 +65,7 @@ class LayerFamily:
         norm: the kind of its norms.
         norms: submodules of a layer that are norms of `hidden_size` values.
         norms_heads: whether its attention has RMS norms of its own.
+        more_fields: those of `FAMILY_FIELDS` that its layers read, though its configuration lacks them.
         cache_argument: how a layer calls the cache.
         partial_rotary_factor: the default share of a head that rotates; None where it has to be the whole head.
     """
@@ -77,13 +78,15 @@ class LayerFamily:
     norm: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norms_heads: bool = False
+    more_fields: tuple[str, ...] = ()
     cache_argument: str = CACHE_NAME
     partial_rotary_factor: float | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The fields of `FAMILY_FIELDS` that this family has, with their defaults; those of heads follow the width."""
-        fields = {item.name: item.default for item in dataclasses.fields(self.config_class)}
+        fields = dict.fromkeys(self.more_fields)
+        fields |= {item.name: item.default for item in dataclasses.fields(self.config_class)}
         return {name: None if "head" in name else fields[name] for name in FAMILY_FIELDS if name in fields}
 
     def used_eps(self, norm: str) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Times prefill, training step and decode of SpiralFormer, looped models and GPT-NeoX; tables and a picture of it.
+"""Times prefill, training step and decode of SpiralFormer, looped models and plain stacks; tables and a picture of it.
 
     python scripts/benchmark.py --output runs/benchmark.json --plot runs/benchmark.png
     python scripts/benchmark.py --results runs/benchmark.json --plot runs/benchmark.png
+    python scripts/benchmark.py --layer_family llama --output runs/llama.json --plot runs/llama.png
 
 `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
 """
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
-from workshop.benchmarks.measuring import FULL, SMALL, measure
+from modeling_spiralformer.layers_spiralformer import FAMILIES
+from workshop.benchmarks.measuring import full_grids, measure, small_grids
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
 from workshop.settings import check_counts
@@ -23,6 +25,10 @@ from workshop.settings import check_counts
 class BenchmarkArguments:
     """Where to run, how often, and where to write."""
 
+    layer_family: str = field(
+        default="gpt_neox",
+        metadata={"help": "Whose layers all models have; transformers' own is the first.", "choices": [*FAMILIES]},
+    )
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda where there is one."})
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
@@ -50,7 +56,7 @@ class BenchmarkArguments:
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     if arguments.results is None:
-        grids = FULL if arguments.full else SMALL
+        grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
         results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
         write_json(arguments.output, results)
         print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.checkpoints import load_config
-from workshop.costs import cache_bytes, layer_equivalents, promised_bytes
+from workshop.costs import cache_bytes, promised_bytes
 from workshop.files import PICTURES, check_file
 from workshop.memory import MEBIBYTE, draw, equal_depth
 from workshop.settings import check_counts
@@ -53,7 +53,7 @@ def main() -> None:
         total = sum(held.values())
         per_token = total / arguments.context_length / arguments.batch_size
         print(f"{name:<32} {total / MEBIBYTE:10.3f} MiB, {per_token:10.1f} bytes a token and row")
-    promised = promised_bytes(layer_equivalents(config), config.hidden_size, dtype.itemsize)
+    promised = promised_bytes(config, dtype.itemsize)
     promised *= arguments.context_length * arguments.batch_size
     print(f"{'the formula of docs/cache.md':<32} {promised / MEBIBYTE:10.3f} MiB")
 

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from modeling_spiralformer.level_spiralformer import LatentEntry
 
 # More steps than any pattern of filling levels is long, and a multiple of every published one.
@@ -50,7 +50,7 @@ def core_passes(config: SpiralFormerConfig) -> float:
 def layer_equivalents(config: PreTrainedConfig) -> float:
     """N_pre + N_post + N_core sum 1 / g: layer calls, and entries of the cache, per token."""
     if not isinstance(config, SpiralFormerConfig):
-        return config.num_hidden_layers  # of a GPT-NeoX
+        return config.num_hidden_layers  # of a model of the library
     return config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * core_passes(config)
 
 
@@ -66,9 +66,9 @@ class LayerCall:
 def decode_calls(model: PreTrainedModel, column: int, padding: list[int]) -> list[LayerCall]:
     """The layer calls that a decode step at that column of the batch needs, one entry of `padding` for each row."""
     rows = len(padding)
-    if not hasattr(model, "model"):
-        return [LayerCall(layer, rows, column + 1) for layer in model.gpt_neox.layers]
-    body, config = model.model, model.config
+    body, config = model.base_model, model.config
+    if not isinstance(config, SpiralFormerConfig):
+        return [LayerCall(layer, rows, column + 1) for layer in body.layers]
     calls = [LayerCall(layer, rows, column + 1) for layer in body.prelude]
     for grid in ChunkGrid.of(config):
         filling = sum(column % grid.size == grid.phase(pads) for pads in padding)
@@ -78,6 +78,12 @@ def decode_calls(model: PreTrainedModel, column: int, padding: list[int]) -> lis
 
 
 # -- FLOPs --------------------------------------------------------------------------------------------------------
+
+
+def heads_of_keys(config: PreTrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, fewer than those of queries where these are grouped, and the size of a head."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def call_lengths(config: PreTrainedConfig, length: int) -> list[int]:
@@ -104,7 +110,8 @@ def count_flops(model: PreTrainedModel, length: int) -> dict[str, int]:
         model(ids, labels=ids, past_key_values=cache).loss.backward()
     counts["training"] = counter.get_total_flops()
     # Two products of queries, keys and values forward, four backward.
-    square = sum(4 * n * n * model.config.hidden_size for n in call_lengths(model.config, length))
+    width = model.config.num_attention_heads * heads_of_keys(model.config)[1]
+    square = sum(4 * n * n * width for n in call_lengths(model.config, length))
     counts["prefill causal"] = counts["prefill"] - square // 2
     counts["training causal"] = counts["training"] - 3 * square // 2
     return counts
@@ -141,7 +148,8 @@ def repeated_flops(model: PreTrainedModel, tokens: int) -> int:
 def step_weight_bytes(model: PreTrainedModel, context: int) -> float:
     """Bytes of weights that an average decode step reads: layers once a call, everything outside of them once."""
     embedding = model.get_input_embeddings().weight
-    in_layers = {id(p) for layer in model.modules() if isinstance(layer, GPTNeoXLayer) for p in layer.parameters()}
+    kinds = tuple(family.layer for family in FAMILIES.values())
+    in_layers = {id(p) for layer in model.modules() if isinstance(layer, kinds) for p in layer.parameters()}
     outside = sum(p.nbytes for p in model.parameters() if id(p) not in in_layers and p is not embedding)
     steps = [decode_calls(model, column, [0]) for column in range(context, context + DECODE_STEPS)]
     called = sum(p.nbytes for calls in steps for call in calls for p in call.layer.parameters())
@@ -177,9 +185,13 @@ def cache_bytes(config: SpiralFormerConfig, length: int, batch: int, dtype: torc
     return held
 
 
-def promised_bytes(equivalents: float, hidden_size: int, itemsize: int) -> float:
-    """2 d itemsize (N_pre + N_post + N_core sum 1 / g): bytes of cache per token and row that the method promises."""
-    return 2 * hidden_size * itemsize * equivalents
+def promised_bytes(config: PreTrainedConfig, itemsize: int) -> float:
+    """
+    2 H E itemsize (N_pre + N_post + N_core sum 1 / g): bytes of cache per token and row that the method promises, H
+    being the heads of keys and E their size: H E = d without grouped queries.
+    """
+    heads, size = heads_of_keys(config)
+    return 2 * heads * size * itemsize * layer_equivalents(config)
 
 
 # -- everything at once -------------------------------------------------------------------------------------------

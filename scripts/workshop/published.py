@@ -135,24 +135,32 @@ def published_config(model: PublishedModel) -> SpiralFormerConfig:
     )
 
 
-def tiny_config() -> SpiralFormerConfig:
-    """SpiralFormer-B with MeSH at about 0.93M parameters, for the tokenizer in `tokenization/`."""
+def tiny_config(**layers) -> SpiralFormerConfig:
+    """SpiralFormer-B with MeSH at about 0.93M parameters, for the tokenizer in `tokenization/`.
+
+    Args:
+        layers: fields of the family of layers.
+    """
     return SpiralFormerConfig(
         architectures=["SpiralFormerForCausalLM"],
         vocab_size=4096,
         hidden_size=64,
-        intermediate_size=256,
         num_attention_heads=4,
         max_position_embeddings=1024,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **{"intermediate_size": 256, **layers},
     )
 
 
 def all_configs() -> dict[str, SpiralFormerConfig]:
     """Every configuration that this project ships, by name."""
-    return {"tiny": tiny_config()} | {model.name: published_config(model) for model in PUBLISHED_MODELS}
+    # Queries in pairs, and a gated MLP of nearly as many parameters.
+    llama = tiny_config(layer_family="llama", num_key_value_heads=2, intermediate_size=176)
+    return {"tiny": tiny_config(), "tiny-llama": llama} | {
+        model.name: published_config(model) for model in PUBLISHED_MODELS
+    }
 
 
 def to_json(config: SpiralFormerConfig) -> str:

@@ -11,6 +11,7 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -98,7 +99,7 @@ def shard_on_cpu() -> None:
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
-def one_process(rank: int, processes: int, port: int, fsdp: bool, runs: list[dict]) -> None:
+def one_process(rank: int, processes: int, port: int, fsdp: bool, runs: list[dict], work: Callable) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -106,19 +107,19 @@ def one_process(rank: int, processes: int, port: int, fsdp: bool, runs: list[dic
     if fsdp:
         shard_on_cpu()
     for run in runs:
-        train(**run)
+        work(**run)
     torch.distributed.destroy_process_group()
 
 
-def in_processes(processes: int, runs: list[dict], fsdp: bool = False) -> None:
-    """Does the runs one after another in so many processes; raises what a process raises."""
+def in_processes(processes: int, runs: list[dict], fsdp: bool = False, work: Callable = train) -> None:
+    """Does `work` with the arguments of each run, in so many processes at once; raises what a process raises."""
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server looks for this module there
         multiprocessing.forkserver.ensure_running()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (processes, port, fsdp, runs)
+    arguments = (processes, port, fsdp, runs, work)
     group = torch.multiprocessing.start_processes(
         one_process, arguments, nprocs=processes, join=False, start_method="forkserver"
     )

@@ -1,6 +1,7 @@
 """Several processes give what one gives: DDP and FSDP2 through Trainer and accelerate, and checkpoints in shards."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_two_processes_go_on_from_the_shards_of_one(fsdp):
 
 @pytest.mark.processes
 def test_the_commands_of_the_page_run(workplace):
+    printed = ""
     for command in commands("docs/distributed.md"):
         words = shlex.split(command)
         if "scripts/train.py" in words:
@@ -113,7 +115,10 @@ def test_the_commands_of_the_page_run(workplace):
                 words += ["--use_cpu"]
         if words[0] == "accelerate":
             words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-        run(words, workplace)
+        if words[0] == "torchrun":
+            words[:1] = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+            words[5:5] = ["--rdzv-endpoint", "localhost:0"]  # any free port
+        printed += run(words, workplace)
 
     runs = workplace / "runs"
     losses = {}
@@ -130,6 +135,8 @@ def test_the_commands_of_the_page_run(workplace):
     assert merged.keys() == saved.keys() and all(torch.equal(merged[name], saved[name]) for name in saved)
     assert AutoModelForCausalLM.from_pretrained(runs / "merged").config.chunk_sizes == [8, 4, 2, 1]
     assert (runs / "ddp/model.safetensors").is_file()
+    held, whole = re.search(r"(\d+) of (\d+) parameters in each of 2 processes\ndef add", printed).groups()
+    assert 0.5 < int(held) / int(whole) < 0.6
 
 
 def test_the_script_refuses_fsdp_on_a_cpu(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ ELSEWHERE = {
     "lora.py": ("tests/scripts/test_finetuning.py", "docs/finetuning.md"),
     "push_and_pull.py": ("tests/helpers/hub_push.py", "docs/hub.md"),
     "quantise.py": ("tests/model/test_deployment.py", "docs/deployment.md"),
+    "tensor_parallel.py": ("tests/model/test_distributed.py", "docs/distributed.md"),
     "uptrain.py": ("tests/tools/test_conversion.py", "docs/conversion.md"),
 }
 HERE = [name for name in EXAMPLES if name not in ELSEWHERE]

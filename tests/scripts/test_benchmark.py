@@ -5,34 +5,40 @@ import json
 import pytest
 import torch
 from documents import ROOT
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 import benchmark
 from benchmark import BenchmarkArguments
-from workshop.benchmarks.measuring import EVERY, FLOORED, DecodeSetting, Grid, measure
-from workshop.benchmarks.models import DEEP, MODELS, PLAIN, ModelSize
+from modeling_spiralformer.layers_spiralformer import FAMILIES
+from workshop.benchmarks.measuring import DecodeSetting, Grid, floored_of, measure
+from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
 from workshop.benchmarks.results import GridResults, Ratio, report
 from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
 from workshop.costs import DECODE_STEPS, call_lengths, count_flops, decode_calls, layer_equivalents
 
 SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
 CPU, META = torch.device("cpu"), torch.device("meta")
-LOOPED = [name for name, model in MODELS.items() if model.topology is not None]
+# Every model with GPT-NeoX layers, and three with those of Llama, whose queries are grouped.
+MODELS = models_of("gpt_neox")
+LLAMAS = models_of("llama")
+EVERY = [*MODELS.values(), *(LLAMAS[name] for name in ("llama", "spiralformer-b", "spiralformer-l"))]
+every_model = pytest.mark.parametrize("model", EVERY, ids=lambda model: f"{model.name}, {model.family}")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    """A run over the whole set of models, as written to disk and read again."""
+@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+def results(request) -> dict:
+    """A run over the whole set of models of a family, as written to disk and read again."""
+    floored = floored_of(request.param)
     grid = Grid(
+        family=request.param,
         size=SIZE,
         dtype="float32",
         prefill_lengths=(32, 64),
         training_lengths=(32, 64),
         context=48,
         decode=(
-            DecodeSetting(1, EVERY, FLOORED),
-            DecodeSetting(4, FLOORED),
-            DecodeSetting(4, FLOORED, FLOORED, ragged=True),
+            DecodeSetting(1, tuple(models_of(request.param)), floored),
+            DecodeSetting(4, floored),
+            DecodeSetting(4, floored, floored, ragged=True),
         ),
     )
     threads = torch.get_num_threads()
@@ -56,7 +62,7 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
         "MeSH over anchor",
     ):
         assert title in printed
-    assert all(printed.count(f"| {name} |") >= 2 for name in MODELS)
+    assert all(printed.count(f"| {name} |") >= 2 for name in models_of(results["grids"][0]["grid"]["family"]))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert results["machine"]["threads"] == 1 and len(results["machine"]["load"]) == 3
 
@@ -69,7 +75,7 @@ def test_the_tables_of_the_docs_are_those_of_their_samples():
 def test_a_model_as_fast_as_its_counts_has_quotient_one(results):
     made = json.loads(json.dumps(results))
     grid = GridResults(made["grids"][0])
-    equivalents = {name: grid.counts[name]["layer_equivalents"] for name in MODELS}
+    equivalents = {name: grid.counts[name]["layer_equivalents"] for name in models_of(grid.family)}
     for sample in grid.samples:
         if sample["workload"] == "training":
             sample["seconds"] = [2e-9 * grid.flops(sample["model"], sample["length"], "training")]
@@ -78,24 +84,26 @@ def test_a_model_as_fast_as_its_counts_has_quotient_one(results):
         if sample["workload"] == "bare products":
             sample["seconds"] = [[0.4 * equivalents[sample["model"]]] * DECODE_STEPS]
     key = {"batch": 1, "ragged": False, "compiled": False}
-    for name in ("spiralformer-b", "spiralformer-l", DEEP):
+    for name in ("spiralformer-b", "spiralformer-l", deeper_name(grid.family)):
         assert grid.time_over_flops("training", name, 64).median == pytest.approx(1)
         assert grid.decode_quotient(name, **key).median == pytest.approx(1)
     assert grid.floor_speed("spiralformer-l", **key).median == pytest.approx(0.8)
-    assert grid.percentiles(PLAIN, **key) == pytest.approx([1500.0] * 4)
-    assert grid.peak_ratio(PLAIN, 64) == pytest.approx(1) and grid.peak_ratio(DEEP, 64) == pytest.approx(1)
+    assert grid.percentiles(plain_name(grid.family), **key) == pytest.approx([1500.0] * 4)
+    for name in (plain_name(grid.family), deeper_name(grid.family)):
+        assert grid.peak_ratio(name, 64) == pytest.approx(1)
     assert str(Ratio.of([3.0, 2.0, 4.0], [1.0, 1.0, 1.0])) == "3.000 (2.500-3.500)"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 @pytest.mark.parametrize("padding", [None, [0, 3, 7, 12]])
-def test_the_floor_runs_the_layer_calls_that_decoding_runs(name, padding):
+def test_the_floor_runs_the_layer_calls_that_decoding_runs(model, padding):
     """The same layers on the same number of rows, step by step: a hook counts what the model does."""
-    model = MODELS[name].build(SIZE, CPU, torch.float32)
+    kind = FAMILIES[model.family].layer
+    model = model.build(SIZE, CPU, torch.float32)
     decode = Decode(model, len(padding or [0]), 48, padding)
     seen = []
     for layer in model.modules():
-        if isinstance(layer, GPTNeoXLayer):
+        if isinstance(layer, kind):
             layer.register_forward_pre_hook(lambda layer, inputs: seen.append((layer, inputs[0].shape[0])))
     decode()
     steps = [decode_calls(model, column, padding or [0]) for column in range(48, 48 + DECODE_STEPS)]
@@ -105,31 +113,38 @@ def test_the_floor_runs_the_layer_calls_that_decoding_runs(name, padding):
         assert len(seen) / DECODE_STEPS == layer_equivalents(model.config)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_flops_are_those_of_the_layers(name):
-    """Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward."""
-    model, length, size = MODELS[name].build(SIZE, META, torch.float32), 96, SIZE.width
+@every_model
+def test_flops_are_those_of_the_layers(model):
+    """
+    Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward. Llama's at this
+    width: queries and output 2 d^2, keys and values 2 d^2 of its one head, three matrices d by 192 = 3 d in the MLP.
+    """
+    is_looped, family = model.topology is not None, model.family
+    model, length, size = model.build(SIZE, META, torch.float32), 96, SIZE.width
     flops = count_flops(model, length)
     lengths = call_lengths(model.config, length)
-    layers = sum(24 * n * size**2 + 4 * n**2 * size for n in lengths)
+    linear = 24 if family == "gpt_neox" else 2 * (4 + 9)
+    layers = sum(linear * n * size**2 + 4 * n**2 * size for n in lengths)
     head = 2 * size * SIZE.vocabulary
     # What a looped model adds: routers, scorers and allocators, a few numbers wide.
-    assert flops["prefill"] - layers - head == pytest.approx(0, abs=0.05 * layers if name in LOOPED else 0)
-    assert flops["training"] == pytest.approx(3 * (layers + length * head), rel=0.05 if name in LOOPED else 1e-12)
+    assert flops["prefill"] - layers - head == pytest.approx(0, abs=0.05 * layers if is_looped else 0)
+    assert flops["training"] == pytest.approx(3 * (layers + length * head), rel=0.05 if is_looped else 1e-12)
     assert flops["prefill"] - flops["prefill causal"] == sum(2 * n**2 * size for n in lengths)
     assert flops["training"] - flops["training causal"] == sum(6 * n**2 * size for n in lengths)
 
 
 def test_step_bytes_are_the_weights_of_an_average_step(results):
     grid = GridResults(results["grids"][0])
-    layer = (12 * 64**2 + 13 * 64) * 4
-    outside = 64 * 128 * 4 + 2 * 64 * 4  # the head and the last norm
-    assert grid.counts[PLAIN]["step_weight_bytes"] == 3 * layer + outside
+    of_llama = grid.family == "llama"  # no biases, and norms with weights alone
+    layer = (13 * 64**2 + 2 * 64 if of_llama else 12 * 64**2 + 13 * 64) * 4
+    outside = 64 * 128 * 4 + (1 if of_llama else 2) * 64 * 4  # the head and the last norm
+    plain = grid.counts[plain_name(grid.family)]
+    assert plain["step_weight_bytes"] == 3 * layer + outside
     looped = grid.counts["spiralformer-b, anchor"]["step_weight_bytes"] - outside
     assert looped == pytest.approx(3.875 * layer, rel=0.02)
     cache = grid.counts["spiralformer-l"]["cache_bytes"]["128"]
     assert cache == pytest.approx(128 * 2.9375 * 2 * 64 * 4, rel=0.05)
-    assert grid.counts[PLAIN]["cache_bytes"]["128"] == 128 * 3 * 2 * 64 * 4
+    assert plain["cache_bytes"]["128"] == 128 * 3 * 2 * 64 * 4
 
 
 def test_peak_bytes_sees_every_allocation():

@@ -2,16 +2,27 @@
 
 import sys
 
+import pytest
 import torch
 from documents import ROOT, run
 from support import small_config
 
-from workshop.costs import cache_bytes, layer_equivalents, promised_bytes
+from workshop.costs import cache_bytes, promised_bytes
 from workshop.memory import equal_depth
 
 
-def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_token():
-    config = small_config(chunk_sizes=[8, 4, 2, 1])
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ({}, 16),
+        ({"layer_family": "llama", "num_key_value_heads": 1}, 8),
+        ({"layer_family": "qwen3", "num_key_value_heads": 1, "head_dim": 12}, 12),
+    ],
+    ids=["gpt_neox", "llama", "qwen3"],
+)
+def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_token(options, width):
+    """`width`: heads of keys times their size, which grouped queries make smaller than the hidden size of 16."""
+    config = small_config(chunk_sizes=[8, 4, 2, 1], **options)
     held = cache_bytes(config, 2048, 2, torch.float32)
     assert list(held) == [
         "prelude",
@@ -21,11 +32,11 @@ def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_tok
         "iteration 3, 1/1",
         "coda",
     ]
-    promised = 2 * 2048 * promised_bytes(layer_equivalents(config), config.hidden_size, itemsize=4)
+    promised = 2 * 2048 * promised_bytes(config, itemsize=4)
     assert abs(sum(held.values()) / promised - 1) < 0.02
     for other in equal_depth(config).values():
         assert other.num_hidden_layers == config.num_hidden_layers
-        assert sum(cache_bytes(other, 2048, 2, torch.float32).values()) == 2 * 2048 * 2 * 16 * 4 * 10
+        assert sum(cache_bytes(other, 2048, 2, torch.float32).values()) == 2 * 2048 * 2 * width * 4 * 10
 
 
 def test_the_command_prints_and_draws(tmp_path):

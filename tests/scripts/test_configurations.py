@@ -18,7 +18,7 @@ def test_parameters_and_flops_of_table_1(model):
 
 def test_files_are_what_the_script_writes():
     configs = all_configs()
-    assert len(configs) == 23 == len(list(Path("configuration").iterdir()))
+    assert len(configs) == 24 == len(list(Path("configuration").iterdir()))
     for name, config in configs.items():
         assert Path("configuration", name, "config.json").read_text() == to_json(config), name
         assert SpiralFormerConfig.from_pretrained(configuration_folder(name)).to_dict() == config.to_dict()
@@ -26,10 +26,13 @@ def test_files_are_what_the_script_writes():
 
 @pytest.mark.parametrize("name", ["tiny2", "configuration/tiny", "../tokenization", "", Path("tiny")])
 def test_a_name_that_is_none_of_them_is_refused(name):
-    with pytest.raises(ValueError, match=r"`name` must be one of \[.*'spiralformer-b-mesh-160m', .*'tiny'\], but got"):
+    with pytest.raises(
+        ValueError, match=r"`name` must be one of \[.*'spiralformer-b-mesh-160m', .*'tiny', 'tiny-llama'\], but got"
+    ):
         configuration_folder(name)
 
 
-def test_tiny_has_about_a_million_parameters():
-    config = SpiralFormerConfig.from_pretrained("configuration/tiny")
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
+def test_tiny_has_about_a_million_parameters(name):
+    config = SpiralFormerConfig.from_pretrained(configuration_folder(name))
     assert 0.8e6 < SpiralFormerForCausalLM(config).num_parameters() < 1.2e6

@@ -12,14 +12,18 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from workshop.benchmarks.models import MODELS, PLAIN, BenchmarkModel, ModelSize
+from workshop.benchmarks.models import BenchmarkModel, ModelSize, models_of, plain_name
 from workshop.benchmarks.workloads import Decode, Floor, Prefill, TrainingStep, seconds, training_peak_bytes
 from workshop.costs import cache_layer_bytes, count_flops, layer_equivalents, step_weight_bytes
 from workshop.provenance import load, machine
 
 # Columns of left padding of a ragged batch, repeated where it has more rows: many phases of every level.
 PADDING = (0, 3, 7, 12, 17, 22, 30, 41)
-FLOORED = (PLAIN, "spiralformer-b", "spiralformer-l")
+
+
+def floored_of(family: str) -> tuple[str, ...]:
+    """The models whose bare matrix products are timed too."""
+    return plain_name(family), "spiralformer-b", "spiralformer-l"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class DecodeSetting:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured at one size of models."""
+    """What is measured at one size of models of one family of layers."""
 
+    family: str
     size: ModelSize
     dtype: str
     prefill_lengths: tuple[int, ...]
@@ -45,45 +50,54 @@ class Grid:
     decode: tuple[DecodeSetting, ...]
 
 
-EVERY = tuple(MODELS)
-TIMED = tuple(name for name, model in MODELS.items() if not model.zero_offsets)
-SMALL = (
-    Grid(
-        size=ModelSize(width=512, layers=12, vocabulary=4096, longest=2048),
-        dtype="float32",
-        prefill_lengths=(512, 1024, 2048),
-        training_lengths=(512, 2048),
-        context=512,
-        decode=(
-            DecodeSetting(1, EVERY, FLOORED),
-            DecodeSetting(8, EVERY, FLOORED),
-            DecodeSetting(8, FLOORED, FLOORED, ragged=True),
+def small_grids(family: str) -> tuple[Grid, ...]:
+    """What a CPU measures of a family of layers in under half an hour."""
+    every, floored = tuple(models_of(family)), floored_of(family)
+    return (
+        Grid(
+            family=family,
+            size=ModelSize(width=512, layers=12, vocabulary=4096, longest=2048),
+            dtype="float32",
+            prefill_lengths=(512, 1024, 2048),
+            training_lengths=(512, 2048),
+            context=512,
+            decode=(
+                DecodeSetting(1, every, floored),
+                DecodeSetting(8, every, floored),
+                DecodeSetting(8, floored, floored, ragged=True),
+            ),
         ),
-    ),
-    Grid(
-        size=ModelSize(width=1024, layers=12, vocabulary=4096, longest=2048),
-        dtype="float32",
-        prefill_lengths=(),
-        training_lengths=(),
-        context=512,
-        decode=(DecodeSetting(1, FLOORED, FLOORED), DecodeSetting(8, FLOORED, FLOORED, ragged=True)),
-    ),
-)
-FULL = tuple(
-    Grid(
-        size=ModelSize(width=width, layers=layers, vocabulary=50304, longest=4096),
-        dtype="bfloat16",
-        prefill_lengths=(512, 2048, 4096),
-        training_lengths=(512, 4096),
-        context=512,
-        decode=(
-            *(DecodeSetting(batch, EVERY, FLOORED) for batch in (1, 8, 32)),
-            *(DecodeSetting(batch, EVERY, compiled=True) for batch in (1, 8, 32)),
-            *(DecodeSetting(batch, FLOORED, FLOORED, ragged=True) for batch in (8, 32)),
+        Grid(
+            family=family,
+            size=ModelSize(width=1024, layers=12, vocabulary=4096, longest=2048),
+            dtype="float32",
+            prefill_lengths=(),
+            training_lengths=(),
+            context=512,
+            decode=(DecodeSetting(1, floored, floored), DecodeSetting(8, floored, floored, ragged=True)),
         ),
     )
-    for width, layers in ((768, 12), (1024, 24))
-)
+
+
+def full_grids(family: str) -> tuple[Grid, ...]:
+    """What is for an accelerator."""
+    every, floored = tuple(models_of(family)), floored_of(family)
+    return tuple(
+        Grid(
+            family=family,
+            size=ModelSize(width=width, layers=layers, vocabulary=50304, longest=4096),
+            dtype="bfloat16",
+            prefill_lengths=(512, 2048, 4096),
+            training_lengths=(512, 4096),
+            context=512,
+            decode=(
+                *(DecodeSetting(batch, every, floored) for batch in (1, 8, 32)),
+                *(DecodeSetting(batch, every, compiled=True) for batch in (1, 8, 32)),
+                *(DecodeSetting(batch, floored, floored, ragged=True) for batch in (8, 32)),
+            ),
+        )
+        for width, layers in ((768, 12), (1024, 24))
+    )
 
 
 @dataclass
@@ -103,7 +117,8 @@ class Cell:
 def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
     """Everything that the grid measures, models side by side within each measurement."""
     cells = []
-    names = [name for name in TIMED if name in models]
+    timed = [name for name, model in models_of(grid.family).items() if not model.zero_offsets]
+    names = [name for name in timed if name in models]
     for workload, lengths in ((Prefill, grid.prefill_lengths), (TrainingStep, grid.training_lengths)):
         label = "prefill" if workload is Prefill else "training"
         cells += [
@@ -140,9 +155,12 @@ def count(grid: Grid, model: BenchmarkModel) -> dict:
 def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
     """All samples and counts of one size of models."""
     used = {name for setting in grid.decode for name in setting.models}
-    if grid.prefill_lengths or grid.training_lengths:
-        used |= set(TIMED)
-    contenders = {name: model for name, model in MODELS.items() if name in used}
+    times_lengths = bool(grid.prefill_lengths or grid.training_lengths)
+    contenders = {
+        name: model
+        for name, model in models_of(grid.family).items()
+        if name in used or (times_lengths and not model.zero_offsets)
+    }
     counts = {name: count(grid, model) for name, model in tqdm(contenders.items(), desc="counting")}
     dtype = getattr(torch, grid.dtype)
     models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}

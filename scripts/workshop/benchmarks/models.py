@@ -1,11 +1,12 @@
-"""The models of the benchmark: GPT-NeoX from transformers, looped models and SpiralFormers, all of one width."""
+"""The models of the benchmark: plain stacks of transformers, looped models and SpiralFormers of their layers."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerConfig
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.published import SPIRAL_B, SPIRAL_L
 
 SMALL_CACHE = (8, 4, 2)
@@ -15,11 +16,12 @@ HEAD_SIZE = 64
 @dataclass(frozen=True)
 class BenchmarkModel:
     """
-    One model of the set: all have the same layers of parameters, but for the `deeper` GPT-NeoX, which has as many as a
-    core that runs twice makes of them. `topology` is None for transformers' own GPT-NeoX.
+    One model of the set: all have the same layers of parameters, but for the `deeper` plain stack, which has as many
+    as a core that runs twice makes of them. `topology` is None for transformers' own model of the family of layers.
     """
 
     name: str
+    family: str
     chunk_sizes: tuple[int, ...] = ()
     topology: str | None = "mesh"
     zero_offsets: bool = False
@@ -34,25 +36,28 @@ class BenchmarkModel:
     def build(self, size: "ModelSize", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model in evaluation mode with random weights, under sdpa; on the meta device it costs nothing."""
         config = self.config(size)
-        config._attn_implementation = "sdpa"
-        model_class = GPTNeoXForCausalLM if self.topology is None else SpiralFormerForCausalLM
         torch.manual_seed(0)
         with torch.device(device):
-            return model_class(config).to(dtype).eval()
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
 
-    def config(self, size: "ModelSize") -> GPTNeoXConfig | SpiralFormerConfig:
-        """Its configuration at the given size."""
+    def config(self, size: "ModelSize") -> PreTrainedConfig:
+        """Its configuration at the given size: queries in groups of four, and a gated MLP of as many parameters."""
         prelude, core, coda = self.split(size.layers)
+        family, heads = FAMILIES[self.family], size.width // HEAD_SIZE
         common = {
             "vocab_size": size.vocabulary,
             "hidden_size": size.width,
             "intermediate_size": 4 * size.width,
-            "num_attention_heads": size.width // HEAD_SIZE,
+            "num_attention_heads": heads,
             "max_position_embeddings": 2 * size.longest,
         }
+        if "num_key_value_heads" in family.defaults:
+            gated = round(8 / 3 * size.width / HEAD_SIZE) * HEAD_SIZE
+            common |= {"num_key_value_heads": max(1, heads // 4), "head_dim": HEAD_SIZE, "intermediate_size": gated}
         if self.topology is None:
-            return GPTNeoXConfig(num_hidden_layers=prelude, **common)
+            return family.config_class(num_hidden_layers=prelude, **common)
         return SpiralFormerConfig(
+            layer_family=self.family,
             num_prelude_layers=prelude,
             num_core_layers=core,
             num_coda_layers=coda,
@@ -73,20 +78,28 @@ class ModelSize:
     longest: int
 
 
-PLAIN = "gpt-neox"
-DEEP = "gpt-neox, deeper"
-MODELS = {
-    model.name: model
-    for model in (
-        BenchmarkModel(PLAIN, topology=None),
-        BenchmarkModel(DEEP, topology=None, deeper=True),
-        BenchmarkModel("looped {1,1}", (1, 1)),
-        BenchmarkModel("looped {1,1,1,1}", (1, 1, 1, 1)),
-        BenchmarkModel("spiralformer-b", SPIRAL_B),
-        BenchmarkModel("spiralformer-b, anchor", SPIRAL_B, topology="anchor"),
-        BenchmarkModel("spiralformer-b, offsets 0", SPIRAL_B, zero_offsets=True),
-        BenchmarkModel("spiralformer-l", SPIRAL_L),
-        BenchmarkModel("spiralformer-l, offsets 0", SPIRAL_L, zero_offsets=True),
-        BenchmarkModel("small cache {1/8,1/4,1/2}", SMALL_CACHE),
+def plain_name(family: str) -> str:
+    """What the benchmark calls transformers' own model of a family of layers."""
+    return family.replace("_", "-")
+
+
+def deeper_name(family: str) -> str:
+    """What it calls the deeper one."""
+    return f"{plain_name(family)}, deeper"
+
+
+def models_of(family: str) -> dict[str, BenchmarkModel]:
+    """Every model of the benchmark by name, with layers of one family."""
+    models = (
+        BenchmarkModel(plain_name(family), family, topology=None),
+        BenchmarkModel(deeper_name(family), family, topology=None, deeper=True),
+        BenchmarkModel("looped {1,1}", family, (1, 1)),
+        BenchmarkModel("looped {1,1,1,1}", family, (1, 1, 1, 1)),
+        BenchmarkModel("spiralformer-b", family, SPIRAL_B),
+        BenchmarkModel("spiralformer-b, anchor", family, SPIRAL_B, topology="anchor"),
+        BenchmarkModel("spiralformer-b, offsets 0", family, SPIRAL_B, zero_offsets=True),
+        BenchmarkModel("spiralformer-l", family, SPIRAL_L),
+        BenchmarkModel("spiralformer-l, offsets 0", family, SPIRAL_L, zero_offsets=True),
+        BenchmarkModel("small cache {1/8,1/4,1/2}", family, SMALL_CACHE),
     )
-}
+    return {model.name: model for model in models}

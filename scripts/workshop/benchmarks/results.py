@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workshop.benchmarks.models import DEEP, PLAIN
+from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
 from workshop.costs import promised_bytes
 from workshop.plotting import new_figure, save
 from workshop.tables import markdown_table
@@ -44,6 +44,8 @@ class GridResults:
     def __init__(self, results: dict):
         self.grid, self.counts, self.peaks = results["grid"], results["counts"], results["training_peak_bytes"]
         self.width = self.grid["size"]["width"]
+        self.family = self.grid["family"]
+        self.plain, self.deeper = plain_name(self.family), deeper_name(self.family)
         self.samples = results["samples"]
 
     def find(self, workload: str, model: str, **key) -> list:
@@ -74,16 +76,16 @@ class GridResults:
         return self.counts[model]["flops"][str(length)][kind]
 
     def time_over_flops(self, workload: str, model: str, length: int, causal: bool = False) -> Ratio:
-        """Time ratio over FLOPs ratio, both against GPT-NeoX of the same width and layers."""
+        """Time ratio over FLOPs ratio, both against the plain stack of the same width and layers."""
         kind = f"{workload} causal" if causal else workload
-        factor = self.flops(model, length, kind) / self.flops(PLAIN, length, kind)
-        times = [self.find(workload, name, length=length) for name in (model, PLAIN)]
+        factor = self.flops(model, length, kind) / self.flops(self.plain, length, kind)
+        times = [self.find(workload, name, length=length) for name in (model, self.plain)]
         return Ratio.of(*times, factor=factor)
 
     def decode_quotient(self, model: str, **key) -> Ratio:
-        """Time of a decode step over GPT-NeoX's, over the ratio of layer-equivalents."""
-        factor = self.counts[model]["layer_equivalents"] / self.counts[PLAIN]["layer_equivalents"]
-        return Ratio.of(*(self.round_means("decode", name, **key) for name in (model, PLAIN)), factor=factor)
+        """Time of a decode step over the plain stack's, over the ratio of layer-equivalents."""
+        factor = self.counts[model]["layer_equivalents"] / self.counts[self.plain]["layer_equivalents"]
+        return Ratio.of(*(self.round_means("decode", name, **key) for name in (model, self.plain)), factor=factor)
 
     def floor_speed(self, model: str, **key) -> Ratio:
         """Speed of decoding as a share of that of the bare matrix products."""
@@ -96,10 +98,12 @@ class GridResults:
         return np.percentile(steps, (50, 95, 99, 100)) * 1e3
 
     def peak_ratio(self, model: str, length: int, kind: str = "training") -> float:
-        """Peak memory of a training step over GPT-NeoX's of equal FLOPs, between and beyond its two depths."""
-        flops = [self.flops(name, length, kind) for name in (PLAIN, DEEP, model)]
+        """Peak memory of a training step over a plain stack's of equal FLOPs, between and beyond its two depths."""
+        flops = [self.flops(name, length, kind) for name in (self.plain, self.deeper, model)]
         share = (flops[2] - flops[0]) / (flops[1] - flops[0])
-        return self.peaks[model] / (self.peaks[PLAIN] + share * (self.peaks[DEEP] - self.peaks[PLAIN]))
+        return self.peaks[model] / (
+            self.peaks[self.plain] + share * (self.peaks[self.deeper] - self.peaks[self.plain])
+        )
 
 
 def length_table(results: GridResults, workload: str, lengths: list[int]) -> str:
@@ -109,7 +113,7 @@ def length_table(results: GridResults, workload: str, lengths: list[int]) -> str
     rows = []
     for model in results.models(workload, length=lengths[0]):
         quotients = [results.time_over_flops(workload, model, n) for n in lengths]
-        ratios = [results.flops(model, n, workload) / results.flops(PLAIN, n, workload) for n in lengths]
+        ratios = [results.flops(model, n, workload) / results.flops(results.plain, n, workload) for n in lengths]
         causal = results.time_over_flops(workload, model, lengths[-1], causal=True)
         growth = f"{quotients[-1].median / quotients[0].median:.3f}"
         rows.append([model, *(f"{ratio:.3f}" for ratio in ratios), *map(str, quotients), str(causal), growth])
@@ -117,10 +121,10 @@ def length_table(results: GridResults, workload: str, lengths: list[int]) -> str
 
 
 def decode_table(results: GridResults, **key) -> str:
-    """Latencies of decode steps, and their mean over GPT-NeoX's and the layer-equivalents."""
-    header = ["model", "layer-equivalents", "p50 ms", "p95", "p99", "worst", "p95/p50", f"over {PLAIN}'s"]
+    """Latencies of decode steps, and their mean over the plain stack's and the layer-equivalents."""
+    header = ["model", "layer-equivalents", "p50 ms", "p95", "p99", "worst", "p95/p50", f"over {results.plain}'s"]
     header += ["time/layer-equivalents"]
-    plain = results.percentiles(PLAIN, **key)
+    plain = results.percentiles(results.plain, **key)
     rows = []
     for model in results.models("decode", **key):
         found = results.percentiles(model, **key)
@@ -152,13 +156,14 @@ def memory_table(results: GridResults) -> str:
     context, longest = results.grid["context"], results.grid["size"]["longest"]
     header = ["model", "M parameters", "MiB of weights a step", f"KiB of cache a token, {context}", f"{longest}"]
     header += ["over the formula"]
-    header += ["MiB at the peak of a training step", "over GPT-NeoX of equal FLOPs", "of equal causal FLOPs"]
+    header += ["MiB at the peak of a training step", f"over {results.plain} of equal FLOPs", "of equal causal FLOPs"]
     itemsize, rows = getattr(torch, results.grid["dtype"]).itemsize, []
+    models = models_of(results.family)
     for model, counts in results.counts.items():
         cache = [counts["cache_bytes"][str(length)] / length / 1024 for length in (context, longest)]
         row = [model, f"{counts['parameters'] / 1e6:.1f}", f"{counts['step_weight_bytes'] / MEBIBYTE:.0f}"]
         row += [f"{value:.1f}" for value in cache]
-        formula = promised_bytes(counts["layer_equivalents"], results.width, itemsize)
+        formula = promised_bytes(models[model].config(ModelSize(**results.grid["size"])), itemsize)
         row.append(f"{cache[1] * 1024 / formula:.4f}")
         if model in results.peaks:
             length = max(results.grid["training_lengths"])
@@ -190,7 +195,7 @@ def report(results: dict) -> str:
         for workload in ("prefill", "training"):
             if lengths := grid.grid[f"{workload}_lengths"]:
                 parts += [
-                    f"{workload.capitalize()}, batch 1, against `{PLAIN}`:",
+                    f"{workload.capitalize()}, batch 1, against `{grid.plain}`:",
                     length_table(grid, workload, lengths),
                 ]
         if grid.grid["training_lengths"]:
@@ -210,16 +215,16 @@ def draw(results: dict, path: str) -> None:
     bars = []
     for workload in ("prefill", "training"):
         for length in grid.grid[f"{workload}_lengths"][-1:]:
-            models = [name for name in grid.models(workload, length=length) if name != PLAIN]
+            models = [name for name in grid.models(workload, length=length) if name != grid.plain]
             bars.append(
                 (f"{workload}, {length} tokens", {m: grid.time_over_flops(workload, m, length) for m in models})
             )
     for batch in sorted({setting["batch"] for setting in grid.grid["decode"]}):
         key = {"batch": batch, "ragged": False, "compiled": False}
-        if models := [name for name in grid.models("decode", **key) if name != PLAIN]:
+        if models := [name for name in grid.models("decode", **key) if name != grid.plain]:
             bars.append((f"decode, batch {batch}", {m: grid.decode_quotient(m, **key) for m in models}))
     figure, [panels] = new_figure(3.2 * len(bars), 4.2, len(bars), sharey=True)
-    order = [name for name in grid.counts if name != PLAIN]
+    order = [name for name in grid.counts if name != grid.plain]
     for axes, (title, ratios) in zip(panels, bars, strict=True):
         for name, ratio in ratios.items():
             row = order.index(name)
@@ -232,6 +237,6 @@ def draw(results: dict, path: str) -> None:
     panels[0].set_yticks(range(len(order)), order, fontsize=9)
     panels[0].invert_yaxis()
     figure.suptitle(
-        f"Against GPT-NeoX of the same width ({grid.width}): left of 1 is faster than its count", fontsize=11
+        f"Against {grid.plain} of the same width ({grid.width}): left of 1 is faster than its count", fontsize=11
     )
     save(figure, path)

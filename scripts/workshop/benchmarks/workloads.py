@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from workshop.costs import DECODE_STEPS, LayerCall, decode_calls, token_ids
+from workshop.costs import DECODE_STEPS, LayerCall, decode_calls, heads_of_keys, token_ids
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -126,35 +126,37 @@ class Floor:
             decode_calls(model, column, padding or [0] * batch) for column in range(context, context + DECODE_STEPS)
         ]
         self.model, self.head = model, model.get_output_embeddings().weight
-        size, heads = model.config.hidden_size, model.config.num_attention_heads
+        heads, size = heads_of_keys(model.config)
         like = {"device": self.head.device, "dtype": self.head.dtype}
-        self.states = torch.randn(batch, size, **like)
-        self.inner = torch.randn(batch, model.config.intermediate_size, **like)
+        widths = {matrix.shape[1] for step in self.steps for call in step for matrix in matrices(call.layer)}
+        self.inputs = {width: torch.randn(batch, width, **like) for width in widths | {self.head.shape[1]}}
         # A store for every layer call of a step, so that keys come from memory here as they do in the model.
         most = max(len(calls) for calls in self.steps)
-        shape = (batch, heads, context + DECODE_STEPS, size // heads)
+        shape = (batch, heads, context + DECODE_STEPS, size)
         self.stores = [(torch.randn(shape, **like), torch.randn(shape, **like)) for _ in range(most)]
-        self.query = torch.randn(batch, heads, 1, size // heads, **like)
+        self.query = torch.randn(batch, heads, model.config.num_attention_heads // heads, size, **like)
 
     @torch.no_grad()
     def __call__(self) -> list[float]:
         """Seconds of each step."""
         taken = []
         for calls in self.steps:
-            taken.append(seconds(lambda calls=calls: self._products(calls), self.states.device))
+            taken.append(seconds(lambda calls=calls: self._products(calls), self.head.device))
         return taken
 
     def _products(self, calls: list[LayerCall]) -> None:
         linear = torch.nn.functional.linear
         for call, (keys, values) in zip(calls, self.stores, strict=False):
-            attention, mlp, states = call.layer.attention, call.layer.mlp, self.states[: call.rows]
-            linear(states, attention.query_key_value.weight)
             scores = self.query[: call.rows] @ keys[: call.rows, :, : call.keys].mT
             scores @ values[: call.rows, :, : call.keys]
-            linear(states, attention.dense.weight)
-            linear(states, mlp.dense_h_to_4h.weight)
-            linear(self.inner[: call.rows], mlp.dense_4h_to_h.weight)
-        linear(self.states, self.head)
+            for matrix in matrices(call.layer):
+                linear(self.inputs[matrix.shape[1]][: call.rows], matrix)
+        linear(self.inputs[self.head.shape[1]], self.head)
+
+
+def matrices(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """The weights of a layer's linear layers, in the order in which it holds them."""
+    return [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device, held: int) -> int:
