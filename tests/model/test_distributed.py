@@ -26,6 +26,7 @@ RUNS = {
     "own": (OWN_CORES, {"side": "left"}),
     "shared, replayed": ({}, {"gradient_checkpointing": True, "side": "left"}),
     "own, replayed and accumulated": (OWN_CORES, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    "qwen3, replayed": ({"layer_family": "qwen3"}, {"gradient_checkpointing": True}),
 }
 
 

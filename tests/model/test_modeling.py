@@ -301,10 +301,11 @@ def test_bfloat16_is_finite_and_close(options):
     assert all(parameter.grad.isfinite().all() for parameter in half.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiles_whole_forward_and_backward(padded):
+@pytest.mark.parametrize(("padded", "family"), [(False, "gpt_neox"), (True, "gpt_neox"), (True, "qwen3")])
+def test_compiles_whole_forward_and_backward(padded, family):
     torch._dynamo.reset()
-    model = small_model(dtype=torch.float32, num_core_layers=1, chunk_sizes=[4, 1]).train()
+    options = {"num_core_layers": 1, "chunk_sizes": [4, 1], "layer_family": family}
+    model = small_model(dtype=torch.float32, **options).train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     ids, mask = pad_rows([random_ids(1, n)[0] for n in (21, 13)], "left") if padded else (random_ids(2, 21), None)
     losses = []
@@ -356,11 +357,17 @@ def test_hidden_states_start_with_the_embeddings_without_a_prelude():
 
 
 @pytest.mark.parametrize(
-    "head",
-    [SpiralFormerForSequenceClassification, SpiralFormerForTokenClassification, SpiralFormerForQuestionAnswering],
+    ("head", "family"),
+    [
+        (SpiralFormerForSequenceClassification, "gpt_neox"),
+        (SpiralFormerForTokenClassification, "gpt_neox"),
+        (SpiralFormerForQuestionAnswering, "gpt_neox"),
+        (SpiralFormerForSequenceClassification, "llama"),
+        (SpiralFormerForTokenClassification, "qwen3"),
+    ],
 )
-def test_task_heads(head, tmp_path):
-    model = large_weights(head(small_config(num_labels=3))).eval()
+def test_task_heads(head, family, tmp_path):
+    model = large_weights(head(small_config(num_labels=3, layer_family=family))).eval()
     ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 5, seed=1)[0]], "left")
     ids[mask == 0] = 0
     one = {
@@ -373,7 +380,7 @@ def test_task_heads(head, tmp_path):
     }[head]
     outputs = model(ids, attention_mask=mask, **one)
     outputs.loss.backward()
-    assert model.model.core[0].attention.dense.weight.grad.abs().max() > 0
+    assert all(weight.grad.abs().max() > 0 for weight in model.model.core[0].parameters())
     model.save_pretrained(tmp_path)
     again = head.from_pretrained(tmp_path).eval()(ids, attention_mask=mask, **one)
     assert torch.allclose(outputs.loss, again.loss, atol=1e-6)
