@@ -157,7 +157,6 @@ CONFIGURATIONS = {
         **{"chunk_sizes": [2, 3], "chunk_offsets": [0, 2], "causal_shifts": [3, 2], "num_core_layers": 1},
         **{"num_coda_layers": 0, "topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},
     },
-    "llama": {"chunk_sizes": [3, 1], "num_core_layers": 1, "num_coda_layers": 0, "layer_family": "llama"},
     "qwen3": {"chunk_sizes": [2], "num_core_layers": 1, "num_coda_layers": 0, "layer_family": "qwen3"},
 }
 
