@@ -1,42 +1,53 @@
-"""Uptrains a GPT-NeoX checkpoint that was converted to a SpiralFormer, with the library's Trainer.
+"""Uptrains a checkpoint that was converted to a SpiralFormer, with the library's Trainer; `--source` beside it.
 
     python scripts/convert.py --model_name_or_path EleutherAI/pythia-160m --output_dir runs/converted
-    python examples/uptrain.py runs/converted runs/uptrained --text text.txt --max_steps 1000
+    python examples/uptrain.py runs/converted runs/uptrained --text text.txt --adapter_steps 200 --max_steps 1000
 
-Prelude and coda are copies of the first and last layers, the core is made of layers between them, and the routers of
-MeSH start so that the model is near a plain stack of the copied layers. `--source` names the GPT-NeoX to compare with.
+The first `--adapter_steps` train what the source did not have (scorers, allocators, routers) and LoRA on the core, so
+that new parts find their place before old ones move. Then everything trains. `--source` names the checkpoint that was
+converted: it is trained on the same text for as many steps, LoRA on all of its layers first. The held-out loss of both
+goes to `curve.json` as they train. A run that was cut off goes on with the same command.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_spiralformer  # noqa: F401  registers the Auto classes
-
-HELD_OUT = 0.05  # of the text
 
 parser = argparse.ArgumentParser()
 parser.add_argument("converted", help="checkpoint of scripts/convert.py, with its tokenizer")
 parser.add_argument("output_dir")
-parser.add_argument("--text", required=True, help="a text file; its end is held out")
-parser.add_argument("--source", help="the GPT-NeoX checkpoint that was converted")
+parser.add_argument("--text", required=True, help="a text file to train on")
+parser.add_argument("--held_out", help="a text file to evaluate on; default: the last twentieth of --text")
+parser.add_argument("--source", help="the checkpoint that was converted, to be trained in the same way")
 parser.add_argument("--block_size", type=int, default=512)
+parser.add_argument("--held_out_blocks", type=int, default=64, help="at most so many blocks are evaluated")
 parser.add_argument("--batch_size", type=int, default=8)
+parser.add_argument("--adapter_steps", type=int, default=0, help="steps of new parts and LoRA alone")
+parser.add_argument("--adapter_learning_rate", type=float, default=5e-4)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
-parser.add_argument("--max_steps", type=int, default=1000)
+parser.add_argument("--max_steps", type=int, default=1000, help="steps of everything")
+parser.add_argument("--eval_steps", type=int, default=200)
 arguments = parser.parse_args()
 
 
-def load(name: str):
+def load(name: str) -> PreTrainedModel:
     """The model, refused where the library would draw or drop weights, and only warn."""
     model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     if any(loading.values()):
@@ -44,39 +55,93 @@ def load(name: str):
     return model
 
 
+def read_blocks(name: str) -> list[list[int]]:
+    """The tokens of a text in blocks of equal length."""
+    text = Path(name).read_text(encoding="utf-8")
+    ids, size = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], arguments.block_size
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+
+
+class Curve(TrainerCallback):
+    """Writes the held-out losses to `curve.json`: [stage, step, loss], `before` once and then as the model trains."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        points = json.loads(self.path.read_text()) if self.path.exists() else []
+        point = [self.stage, state.global_step, round(metrics["eval_loss"], 4)]
+        if point[:2] not in [old[:2] for old in points]:
+            self.path.write_text(json.dumps([*points, point]))
+            print(f"{self.path}: {self.stage}, step {point[1]}: held-out loss {point[2]:.3f}", flush=True)
+
+
+def adapt(model: PreTrainedModel) -> nn.Module:
+    """LoRA on the core, with the new parts whole; LoRA on every layer of a model without a core."""
+    new_parts = [name for name, _ in model.named_modules() if name.endswith((".scorer", ".allocator", ".topology"))]
+    layers = ".core." if new_parts else ".layers."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and layers in name]
+    lora = {"r": 16, "lora_alpha": 32, "target_modules": linear, "modules_to_save": new_parts or None}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def train(model: nn.Module, folder: Path, stage: str, steps: int, learning_rate: float) -> None:
+    """One stage, from its last checkpoint where there is one."""
+    settings = TrainingArguments(
+        output_dir=str(folder / stage),
+        max_steps=steps,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=min(20, steps // 10),
+        lr_scheduler_type="cosine",
+        eval_strategy="steps",
+        eval_steps=arguments.eval_steps,
+        eval_on_start=True,
+        save_steps=arguments.eval_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        report_to="none",
+    )
+    curve = Curve(folder / "curve.json", stage)
+    trainer = Trainer(model, settings, default_data_collator, data["train"], data["held out"], callbacks=[curve])
+    last = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.evaluate()
+
+
+def uptrain(name: str, folder: Path) -> None:
+    """Both stages; each leaves its model in the folder."""
+    adapted, done = folder / "adapted", folder / "trained"
+    if arguments.adapter_steps and not adapted.is_dir():
+        model = adapt(load(name))
+        train(model, folder, "new parts and LoRA", arguments.adapter_steps, arguments.adapter_learning_rate)
+        model.merge_and_unload().save_pretrained(adapted)
+    if not done.is_dir():
+        model = load(str(adapted) if arguments.adapter_steps else name)
+        train(model, folder, "everything", arguments.max_steps, arguments.learning_rate)
+        model.save_pretrained(done)
+        tokenizer.save_pretrained(done)
+
+
 set_seed(42)
-model, tokenizer = load(arguments.converted), AutoTokenizer.from_pretrained(arguments.converted)
-ids = tokenizer(Path(arguments.text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-size = arguments.block_size
-blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
-if len(blocks) < 2:
-    parser.error(f"--text must hold two blocks of {size} tokens, but {arguments.text} has {len(ids)} tokens")
-held_out = max(1, round(HELD_OUT * len(blocks)))
-data = {"train": blocks[:-held_out], "held out": blocks[-held_out:]}
+tokenizer = AutoTokenizer.from_pretrained(arguments.converted)
+blocks = read_blocks(arguments.text)
+held_out = read_blocks(arguments.held_out) if arguments.held_out else blocks[-max(1, len(blocks) // 20) :]
+if len(blocks) < 2 or not held_out:
+    parser.error(
+        f"--text must hold two blocks of {arguments.block_size} tokens, but {arguments.text} has {len(blocks)}"
+    )
+if not arguments.held_out:
+    blocks = blocks[: -len(held_out)]
+data = {"train": blocks, "held out": held_out[: arguments.held_out_blocks]}
 data = {name: Dataset.from_dict({"input_ids": part, "labels": part}) for name, part in data.items()}
 
-settings = TrainingArguments(
-    output_dir=arguments.output_dir,
-    max_steps=arguments.max_steps,
-    per_device_train_batch_size=arguments.batch_size,
-    learning_rate=arguments.learning_rate,
-    lr_scheduler_type="cosine",
-    save_strategy="no",
-    report_to="none",
-)
-trainer = Trainer(
-    model=model,
-    args=settings,
-    train_dataset=data["train"],
-    eval_dataset=data["held out"],
-    processing_class=tokenizer,
-    data_collator=default_data_collator,
-)
-before = trainer.evaluate()["eval_loss"]
-trainer.train()
-after = trainer.evaluate()["eval_loss"]
-trainer.save_model()
-print(f"held-out loss: converted {before:.3f}, after {arguments.max_steps} steps {after:.3f}")
+folders = {"converted": Path(arguments.output_dir)}
+uptrain(arguments.converted, folders["converted"])
 if arguments.source is not None:
-    trainer = Trainer(load(arguments.source), settings, default_data_collator, eval_dataset=data["held out"])
-    print(f"held-out loss: source {trainer.evaluate()['eval_loss']:.3f}")
+    folders["source"] = folders["converted"] / "source"
+    uptrain(arguments.source, folders["source"])
+for name, folder in folders.items():
+    losses = [loss for _, _, loss in json.loads((folder / "curve.json").read_text())]
+    print(f"held-out loss: {name} {losses[0]:.3f}, after training {losses[-1]:.3f}")

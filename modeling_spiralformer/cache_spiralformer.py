@@ -293,16 +293,32 @@ def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: i
         raise ValueError(f"{CACHE_ARGUMENT} holds {states[0].num_rows} rows, but the input has {rows}.")
 
 
-class IterationCache:
-    """A cache as the core sees it in one iteration: its entries moved on, at the latents being filled.
+class MovedCache:
+    """A cache as layers see it whose entries are others than their numbers: that many further on.
 
-    Attention asks for entry `layer_idx`, which a shared layer has only one of; mask creation asks for the
-    column of the first query.
+    Attention asks for entry `layer_idx`, which a layer has only one of. A shared layer has an entry in each iteration,
+    and in a view of some iterations the coda comes earlier.
+
+    Args:
+        first: the first of the layers that are moved; those before it have their own entries.
     """
 
-    def __init__(self, cache: Cache, entry_offset: int, filled: FilledChunks):
+    def __init__(self, cache: Cache, entry_offset: int, first: int = 0):
         self.cache = cache
         self.entry_offset = entry_offset
+        self.first = first
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`, into the entry that the layer has here."""
+        entry = layer_idx + self.entry_offset if layer_idx >= self.first else layer_idx
+        return self.cache.update(key_states, value_states, entry, *args, **kwargs)
+
+
+class IterationCache(MovedCache):
+    """A cache as the core sees it in one iteration, at the latents being filled, whose columns a mask is made for."""
+
+    def __init__(self, cache: Cache, entry_offset: int, filled: FilledChunks):
+        super().__init__(cache, entry_offset)
         self.filled = filled
 
     @property
@@ -312,7 +328,7 @@ class IterationCache:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`, into this iteration's entry of the layer."""
-        return self.cache.update(key_states, value_states, layer_idx + self.entry_offset, self.filled)
+        return super().update(key_states, value_states, layer_idx, self.filled)
 
     def get_query_offset(self, layer_idx: int) -> Columns:
         """The first latent column that runs."""
@@ -323,4 +339,11 @@ class IterationCache:
         return self.filled.end, 0
 
 
-__all__ = ["IterationCache", "SpiralFormerLatentLayer", "SpiralFormerTokenLayer", "find_states", "read_past"]
+__all__ = [
+    "IterationCache",
+    "MovedCache",
+    "SpiralFormerLatentLayer",
+    "SpiralFormerTokenLayer",
+    "find_states",
+    "read_past",
+]

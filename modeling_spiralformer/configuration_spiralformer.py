@@ -374,11 +374,20 @@ class SpiralFormerConfig(PreTrainedConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # of the family, not of the class
+    def base_model_tp_plan(self) -> dict[str, str]:  # of the family, not of the class
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
         counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
-        return {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        layers = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        return layers | vars(self).get("base_model_tp_plan", {})
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan):
+        # transformers 5.17 adds embeddings that are tied; under this name, what is kept is not saved.
+        derived = self.base_model_tp_plan
+        if plan is None or not plan.items() >= derived.items():
+            refuse("base_model_tp_plan", plan, "left alone or added to: it follows from the layer_family")
+        vars(self)["base_model_tp_plan"] = {name: plan[name] for name in plan if name not in derived}
 
     @property
     def num_hidden_layers(self) -> int:

@@ -37,6 +37,7 @@ of a resolution, G tokens in a chunk, D hidden size, T iterations.
 import math
 from collections.abc import Callable
 from functools import partial, wraps
+from typing import Self
 
 import torch
 from torch import nn
@@ -67,6 +68,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapters_spiralformer import meet_adapters
@@ -77,9 +79,10 @@ from .cache_name_spiralformer import (
     CHECKPOINTED_LAYERS_KEEP_CACHE,
     takes_either_cache_name,
 )
-from .cache_spiralformer import IterationCache, find_states, read_past
+from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
+from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
@@ -254,6 +257,26 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    def set_attn_implementation(self, *args, **kwargs):
+        """As the library does; for a view and its model together, since they share the layers."""
+        super().set_attn_implementation(*args, **kwargs)
+        body: SpiralFormerModel | MaybeNone = self.base_model
+        body.layer_config._attn_implementation = self.config._attn_implementation
+
+    def with_schedule(self, chunk_sizes: list[int] | tuple[int, ...]) -> Self:
+        """A view that runs the iterations of these chunk sizes alone, on the same parameters.
+
+        It is a model of this class with a configuration and caches of its own; everything that changes a module (an
+        optimiser, `.to()`, an adapter in a layer) changes it for both. `docs/elastic.md` has the rest.
+
+        Args:
+            chunk_sizes: some of the schedule's, in its order: of equal sizes the earliest.
+
+        Raises:
+            `ValueError`: for anything else, and for a model that is sharded by FSDP or offloaded.
+        """
+        return make_view(self, chunk_sizes)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -290,9 +313,29 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.norm = make_norm(config)
         self.rotary_emb = make_rotary_embedding(config)
         self.grids = ChunkGrid.of(config)
+        # In a view, which shares modules with another model, these are others (`elastic_spiralformer`): how far the
+        # entries of core and coda are from the numbers of the layers, the configuration that the layers read, and
+        # where the modules come from.
+        self.core_offsets = [
+            entries.start - first_core - layers.start
+            for entries, layers in zip(self.core_entries, self.core_layers, strict=True)
+        ]
+        self.coda_offset, self.layer_config, self.records_outputs = 0, config, False
+        self.shared: list[tuple[nn.Module, str, nn.Module, str]] = []
         self.cache_argument = FAMILIES[config.layer_family].cache_argument
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def _output_capturing_hooks_installed(self) -> bool:
+        """The library's flag, asked for where states or attentions are wanted: whether layers have the hooks."""
+        if self.shared:
+            record_outputs(self)
+        return self.shared != [] or self.records_outputs
+
+    @_output_capturing_hooks_installed.setter
+    def _output_capturing_hooks_installed(self, value: bool) -> None:
+        self.records_outputs = value
 
     @takes_either_cache_name("cache")
     @merge_with_config_defaults
@@ -331,7 +374,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t, carrier), once per resolution
         # Layers that FSDP shards are gathered by all processes at once, in evaluation too.
-        run_idle = self.training or (bool(states) and hasattr(self.core[0], "unshard"))
+        run_idle = self.emb_dropout.training or (bool(states) and hasattr(self.core[0], "unshard"))
         for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
             core = partial(self._run_core, iteration, **kwargs)
             update = resolution(hidden_states, state, core, cache, run_idle)
@@ -352,11 +395,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
         layers, entries = self.core_layers[iteration], self.core_entries[iteration]
-        # How far this iteration's entry of a layer is from the layer's first.
-        entry_offset = entries.start - len(self.prelude) - layers.start
-        view = None if cache is None else IterationCache(cache, entry_offset, filled)
+        view = None if cache is None else IterationCache(cache, self.core_offsets[iteration], filled)
         attention_mask = create_causal_mask(
-            config=self.config,
+            config=self.layer_config,
             inputs_embeds=latents,
             attention_mask=filled.valid,
             **{CACHE_NAME: view},
@@ -413,7 +454,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     def _checkpoints_layers(self) -> bool:
         """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
         replayed = torch.is_grad_enabled() or not CHECKPOINTED_LAYERS_KEEP_CACHE
-        return self.gradient_checkpointing and self.training and replayed
+        layers = (*self.prelude, *self.core, *self.coda)
+        return replayed and any(layer.gradient_checkpointing and layer.training for layer in layers)
 
     def _read_call(
         self,
@@ -428,6 +470,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         Without a cache the states last for this call.
         """
+        if self.shared and not is_torchdynamo_compiling():
+            check_shared(self)
         every_row, rows = meet_adapters(self), Rows()
         if uses_cache:
             cache = DynamicCache(config=self.config) if given_cache is None else given_cache
@@ -444,10 +488,13 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:
         """What the layers of prelude and coda are given."""
+        moved = None
+        if cache is not None and self.coda_offset:
+            moved = MovedCache(cache, self.coda_offset, first=len(self.prelude))
         return {
             "attention_mask": self._token_mask(batch, cache, inputs_embeds),
             "position_ids": batch.position_ids,
-            self.cache_argument: cache,
+            self.cache_argument: moved or cache,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
         }
 
@@ -457,7 +504,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             return None
         entry = 0 if self.prelude else self.config.num_hidden_layers - self.config.num_coda_layers
         return create_causal_mask(
-            config=self.config,
+            config=self.layer_config,
             inputs_embeds=inputs_embeds,
             attention_mask=batch.token_mask,
             **{CACHE_NAME: cache},

@@ -28,7 +28,7 @@ TRAJECTORY = (
     *("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "seed", "data_seed"),
     *("bf16", "fp16", "tf32", "use_liger_kernel", "accelerator_config"),
-    *("train_sampling_strategy", "length_column_name", "dataloader_drop_last"),
+    *("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "schedules"),
 )
 # What a configuration says of its file and class, and what Trainer sets itself. None of it changes a training step.
 NOT_COMPARED = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
@@ -182,10 +182,10 @@ def saved_record(checkpoint: Path) -> dict:
 
 
 def draws_random_numbers(config: PreTrainedConfig, training: SpiralTrainingArguments) -> bool:
-    """Whether a training step hangs on random numbers, which each process draws for its own rows."""
+    """Whether a training step hangs on random numbers, which each process or each part of a step draws."""
     # A causal language model has no classifier.
     dropouts = [value for name, value in config.to_dict().items() if "dropout" in name and "classifier" not in name]
-    return any(dropouts) or training.neftune_noise_alpha is not None
+    return any(dropouts) or training.neftune_noise_alpha is not None or training.schedules is not None
 
 
 def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
@@ -196,7 +196,7 @@ def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
         record: of the run that goes on.
         same_split: whether the rows of a step must also be split alike over processes and passes.
     """
-    before = saved_record(checkpoint)
+    before = {"schedules": None, **saved_record(checkpoint)}  # None where a run is older than the setting
     ignored = {"config", *(() if same_split else SPLIT)}
     now = {name: value for name, value in record.items() if name not in ignored}
     if found := differences(now, before):

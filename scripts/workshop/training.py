@@ -24,8 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from workshop.checkpoints import load_config, load_model, load_tokenizer, parse_overrides
 from workshop.data import check_bytes, make_blocks, token_byte_lengths
+from workshop.elastic import ElasticTrainer, check_schedules
 from workshop.files import check_folder, finite, write_json
-from workshop.model_card import CardTrainer
 from workshop.resuming import (
     RunRecord,
     check_record,
@@ -63,6 +63,7 @@ def build_model(
     overrides = parse_overrides(arguments.config_overrides)
     field = "model_name_or_path" if arguments.model_name_or_path else "config_name"
     config = load_config(arguments.model_name_or_path or arguments.config_name, overrides, field)
+    check_schedules(training.schedules, config)
     tokenizer = load_tokenizer(arguments.tokenizer_name, config)
     # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones. Where FSDP has
     # saved them in shards, Trainer alone loads them, and stops at a missing one.
@@ -141,7 +142,7 @@ def run_evaluation(trainer: Trainer) -> dict[str, float]:
 
 def make_trainer(
     model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments
-) -> CardTrainer:
+) -> ElasticTrainer:
     """The Trainer of the job, with model and data in place and nothing run yet."""
     check_folder("output_dir", training.output_dir, OUTPUT_FILES)
     training.resume_from_checkpoint = choose_checkpoint(training)
@@ -158,7 +159,7 @@ def make_trainer(
         logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
     elif training.do_eval:
         check_bytes("validation_file", blocks["validation"], byte_lengths)
-    trainer = CardTrainer(
+    trainer = ElasticTrainer(
         model=model,
         args=training,
         train_dataset=blocks.get("train"),
@@ -168,6 +169,7 @@ def make_trainer(
         compute_metrics=make_compute_metrics(byte_lengths),
         preprocess_logits_for_metrics=drop_logits,
         training_data=describe_data(data_arguments),
+        schedules=training.schedules,
     )
     if training.do_train:
         trainer.add_callback(record_run(model.config, training, blocks["train"]))
@@ -190,6 +192,8 @@ def run(model_arguments: ModelArguments, data_arguments: DataArguments, training
     trainer = make_trainer(model_arguments, data_arguments, training)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
         raise ValueError("`fsdp` must be off on a CPU: accelerate shards on accelerators only, and would run DDP.")
+    if training.schedules and trainer.is_fsdp_enabled:
+        raise ValueError("`schedules` must be left out with `fsdp`: the parts of a model cannot be sharded for each.")
     if training.do_train:
         run_training(trainer, training)
     if training.do_eval:

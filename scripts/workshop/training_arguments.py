@@ -14,6 +14,14 @@ MIN_LR_RATE = 0.1
 SWITCHES = ("resume_from_checkpoint", "fsdp")
 
 
+def read_schedule(text: str) -> list[int]:
+    """The chunk sizes of "8,4,2,1". Raises ValueError for anything but integers >= 1 with commas between them."""
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
+        raise ValueError(f"`schedules` must each be chunk sizes, such as 8,4,2,1, but got {text!r}.")
+    return [int(size) for size in sizes]
+
+
 @dataclass
 class ModelArguments:
     """Which model: a checkpoint to go on from, or a configuration to start from scratch."""
@@ -100,6 +108,13 @@ class SpiralTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.01, metadata={"help": "Steps of warm-up, or below 1 a share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training text."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    schedules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of the model's schedule to draw from for each batch, such as 8,4,2,1 8,4 1. One that is "
+            "named twice is drawn twice as often. Default: the whole schedule always."
+        },
+    )
     # The library would leave non-finite losses out of its averages: a diverged run must show.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
 
@@ -117,6 +132,8 @@ class SpiralTrainingArguments(TrainingArguments):
         if self.max_steps != -1:  # which leaves the steps to num_train_epochs
             check_counts(self, "max_steps")
         check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for schedule in self.schedules or []:
+            read_schedule(schedule)
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
         # Perplexity and bits per byte are computed from the losses.

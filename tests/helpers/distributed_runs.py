@@ -20,6 +20,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop.elastic import ElasticTrainer
 
 STEPS = 20
 ROWS_PER_STEP = 4
@@ -43,13 +44,21 @@ def collate(batch: list[dict], side: str) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(predicted == 0, -100)}
 
 
-def train(folder: str, model: dict, side: str = "right", resume: str | None = None, **arguments) -> dict:
+def train(
+    folder: str,
+    model: dict,
+    side: str = "right",
+    resume: str | None = None,
+    schedules: list[str] | None = None,
+    **arguments,
+) -> dict:
     """Trains for STEPS steps of ROWS_PER_STEP rows over all processes, evaluates, and saves into the folder.
 
     Args:
         model: fields of the configuration.
         side: where the rows of a batch are padded.
         resume: a checkpoint to go on from.
+        schedules: what a schedule is drawn from for each batch.
         arguments: `TrainingArguments` beyond those that all runs share.
     """
     network = support.large_weights(SpiralFormerForCausalLM(support.small_config(num_core_layers=1, **model)))
@@ -69,7 +78,7 @@ def train(folder: str, model: dict, side: str = "right", resume: str | None = No
         "dataloader_pin_memory": False,
         "use_cpu": True,
     }
-    trainer = Trainer(
+    trainer = (Trainer if schedules is None else functools.partial(ElasticTrainer, schedules=schedules))(
         network,
         TrainingArguments(**{**shared, **arguments}),
         data_collator=functools.partial(collate, side=side),

@@ -24,7 +24,7 @@ ROPE_TYPES = (
 
 def small_config(**options) -> SpiralFormerConfig:
     """A configuration of a few thousand parameters; `options` replace its fields."""
-    defaults = HEADS.get(options.get("layer_family", "gpt_neox"), {}) | {
+    defaults = HEADS.get(options.get("layer_family"), HEADS["gpt_neox"]) | {
         "vocab_size": VOCAB,
         "hidden_size": 16,
         "intermediate_size": 24,

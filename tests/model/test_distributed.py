@@ -27,7 +27,9 @@ RUNS = {
     "shared, replayed": ({}, {"gradient_checkpointing": True, "side": "left"}),
     "own, replayed and accumulated": (OWN_CORES, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
     "qwen3, replayed": ({"layer_family": "qwen3"}, {"gradient_checkpointing": True}),
+    "own, drawn": (OWN_CORES, {"schedules": ["4,2,1", "4", "2,1"]}),
 }
+STRATEGIES = [("ddp", name) for name in RUNS] + [("fsdp", name) for name in RUNS if "drawn" not in name]  # is refused
 
 
 def result(folder: Path) -> dict:
@@ -51,8 +53,8 @@ def logits(folder: Path) -> torch.Tensor:
 def alone(tmp_path_factory) -> Path:
     """The runs of one process, with neither checkpointing nor accumulation."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, (model, _) in RUNS.items():
-        distributed_runs.train(str(folder / name), model)
+    for name, (model, other) in RUNS.items():
+        distributed_runs.train(str(folder / name), model, schedules=other.get("schedules"))
     return folder
 
 
@@ -77,14 +79,14 @@ def fsdp(tmp_path_factory) -> Path:
     saving = {"model": OWN_CORES, "save_strategy": "steps", "save_steps": STEPS // 2, **FSDP}
     in_processes(1, [{"folder": str(folder / "one"), **saving}], fsdp=True)
     resumed = {"folder": str(folder / "one to two"), "model": OWN_CORES, "resume": str(folder / "one/checkpoint-10")}
-    runs = [{"folder": str(folder / name), "model": model, **other} for name, (model, other) in RUNS.items()]
+    sharded = {name: RUNS[name] for strategy, name in STRATEGIES if strategy == "fsdp"}
+    runs = [{"folder": str(folder / name), "model": model, **other} for name, (model, other) in sharded.items()]
     in_processes(2, [{**a_run, **FSDP} for a_run in (resumed, *runs)], fsdp=True)
     return folder
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy, name", STRATEGIES)
 def test_two_processes_train_as_one(strategy, name, alone, request):
     folder = request.getfixturevalue(strategy)
     found, expected = result(folder / name), result(alone / name)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from documents import ROOT
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
@@ -150,7 +151,7 @@ def test_a_checkpoint_from_before_the_families_loads_as_it_did(tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     before = json.loads((folder / "config.json").read_text())
     added = {"layer_family": "gpt_neox", "norm": "layer_norm", "num_key_value_heads": None, "head_dim": None}
-    added |= {"mlp_bias": None, "rms_norm_eps": None}
+    added |= {"mlp_bias": None, "rms_norm_eps": None, "transformers_version": transformers.__version__}
     assert {name: stored[name] for name in {*before, *added}} == before | added
 
 
@@ -338,7 +339,7 @@ def test_a_window_is_refused_however_it_is_given(family, field, value, tmp_path)
             r"`num_key_value_heads` must be a divisor of num_attention_heads \(4\), but got 8",
         ),
         ({"hidden_size": 18, "head_dim": None}, r"`hidden_size` must be a multiple of num_attention_heads .* got 18"),
-        ({"head_dim": 5}, "head_dim.*5"),
+        ({"head_dim": 5}, "head_dim.*5|the 5 dimensions of a head"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor'.* must be 1 with layer_family"),
         ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor'.* must be 1 with layer_family .* but got 0.25"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type.* but got 'longrope'"),
@@ -474,6 +475,20 @@ def test_hidden_states_and_attentions(family):
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]), atol=1e-6, rtol=0)
         assert attention.triu(1).eq(0).all() and len(attention.flatten(2).unique(dim=1)[0]) == heads
     assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+
+
+@families
+def test_the_plan_of_tensor_parallelism_is_added_to_and_never_saved(family, tmp_path):
+    """transformers 5.17 adds tied embeddings."""
+    config = small_config(layer_family=family, tie_word_embeddings=True)
+    plan = config.base_model_tp_plan
+    config.base_model_tp_plan = plan | {"embed_tokens": "embedding_rowwise"}
+    assert config.base_model_tp_plan == plan | {"embed_tokens": "embedding_rowwise"} and "prelude" in str(plan)
+    config.save_pretrained(tmp_path)
+    assert "tp_plan" not in (tmp_path / "config.json").read_text()
+    for other in (None, {}, {"embed_tokens": "embedding_rowwise"}):
+        with pytest.raises(ValueError, match="`base_model_tp_plan` must be left alone or added to"):
+            config.base_model_tp_plan = other
 
 
 @families

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import small_config
 from transformers import AutoTokenizer
 
+import train_tokenizer as train_tokenizer_command
 from modeling_spiralformer import SpiralFormerForCausalLM
 from workshop.tokenizers import save_tokenizer, train_tokenizer
 
@@ -72,3 +73,12 @@ def test_training_is_deterministic_and_refuses_what_it_cannot_give(tmp_path):
         train_tokenizer(texts, 100)
     with pytest.raises(ValueError, match="vocab_size"):
         train_tokenizer(["a"], 3000)
+
+
+def test_a_tokenizer_of_a_file(tmp_path):
+    text = "".join(f"def function_{i}(value):\n    return value + {i}\n" for i in range(200))
+    (tmp_path / "text.txt").write_text(text)
+    arguments = {"train_file": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "own"), "vocab_size": 300}
+    train_tokenizer_command.main(train_tokenizer_command.TokenizerArguments(**arguments))
+    save_tokenizer(train_tokenizer([text], 300), tmp_path / "expected", 1024)
+    assert (tmp_path / "own/tokenizer.json").read_bytes() == (tmp_path / "expected/tokenizer.json").read_bytes()

@@ -459,7 +459,7 @@ def test_the_commands_of_the_page_run(workplace, tiny_pythia, monkeypatch, capsy
     lines = commands("docs/conversion.md")
     assert len(lines) >= 5
     short = {
-        "examples/uptrain.py": ["--max_steps", "2", "--block_size", "32"],
+        "examples/uptrain.py": ["--adapter_steps", "1", "--max_steps", "2", "--block_size", "32"],
         "scripts/train.py": ["--max_steps", "2", "--train_file", "text.txt", "--report_to", "none"],
         "scripts/compare_starts.py": [
             *(

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import benchmark
 import cache_memory
+import compare_schedules
 import convert
 import draw_figures
 import evaluate_model
@@ -50,6 +51,13 @@ FILES = {
         (evaluate_model, "load"),
         lambda path: evaluate_model.main(
             ["--model_name_or_path", "x", "--text_files", "y.txt", "--output_file", path]
+        ),
+    ),
+    "compare_schedules": (
+        "output_file",
+        (compare_schedules, "load"),
+        lambda path: compare_schedules.main(
+            ["--model", "x", "--text", "y.txt", "--schedules", "1", "--output_file", path]
         ),
     ),
     "benchmark": ("output", (benchmark, "measure"), lambda path: benchmark.main(["--output", path])),

@@ -1,0 +1,93 @@
+"""examples/uptrain.py: what trains in which stage, its curve, and a run that goes on where it was cut off."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from documents import ROOT, run
+from support import large_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from modeling_spiralformer import TOKENIZER_FOLDER
+from workshop.conversion import to_spiralformer
+
+STAGES = ("new parts and LoRA", "everything")
+OPTIONS = ["--block_size", "32", "--batch_size", "2", "--adapter_steps", "4", "--max_steps", "4", "--eval_steps", "2"]
+OPTIONS += ["--adapter_learning_rate", "0.01", "--learning_rate", "0.01", "--held_out_blocks", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A source, the model that it was converted to, a text, and one whole run of the example."""
+    folder = tmp_path_factory.mktemp("uptraining")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        max_position_embeddings=64,
+    )
+    source = large_weights(GPTNeoXForCausalLM(config))
+    loop = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "chunk_sizes": [2, 1]}
+    converted = to_spiralformer(source, **loop)
+    for name, model in (("source", source), ("converted", converted)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 400, encoding="utf-8")
+    uptrain(folder, "whole")
+    return folder
+
+
+def uptrain(folder: Path, name: str) -> str:
+    """Runs the example into a folder of that name."""
+    words = ["converted", name, "--text", "text.txt", "--source", "source", *OPTIONS]
+    return run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
+
+
+def curve(folder: Path) -> list:
+    return json.loads((folder / "curve.json").read_text())
+
+
+def changed(folder: Path, before: str, after: str) -> set[str]:
+    """The parts of the model, such as core or topology, in which a weight differs."""
+    old, new = (AutoModelForCausalLM.from_pretrained(folder / name).state_dict() for name in (before, after))
+    assert old.keys() == new.keys()
+    names = {name.removeprefix("model.") for name in old if not torch.equal(old[name], new[name])}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.processes
+def test_the_held_out_loss_of_both_models_falls(folder):
+    for name in ("whole", "whole/source"):
+        points = curve(folder / name)
+        assert [(stage, step) for stage, step, _ in points] == [
+            (stage, step) for stage in STAGES for step in (0, 2, 4)
+        ]
+        assert points[0][2] > points[2][2] > points[5][2]
+        assert points[3][2] == pytest.approx(points[2][2], abs=1e-3)  # merged adapters are the same function
+
+
+@pytest.mark.processes
+def test_old_parts_outside_of_the_core_wait_for_the_second_stage(folder):
+    assert changed(folder, "converted", "whole/adapted") == {"core", "resolutions", "topology"}
+    trained = changed(folder, "whole/adapted", "whole/trained")
+    assert trained == {"core", "resolutions", "topology", "prelude", "coda", "embed_tokens", "norm", "lm_head"}
+    assert changed(folder, "source", "whole/source/adapted") == {"gpt_neox"}
+
+
+@pytest.mark.processes
+def test_a_run_that_was_cut_off_goes_on(folder):
+    """In the middle of the second stage, from its checkpoint after two steps."""
+    shutil.copytree(folder / "whole", folder / "cut", ignore=shutil.ignore_patterns("trained", "checkpoint-4"))
+    assert [path.name for path in (folder / "cut" / "everything").iterdir()] == ["checkpoint-2"]
+    points = curve(folder / "cut")
+    (folder / "cut" / "curve.json").write_text(json.dumps(points[:5]))
+    printed = uptrain(folder, "cut")
+    assert "everything, step 4" in printed and "everything, step 0" not in printed  # two steps, not four
+    assert curve(folder / "cut") == points and "held-out loss: converted" in printed
+    assert changed(folder, "whole/trained", "cut/trained") == set()
