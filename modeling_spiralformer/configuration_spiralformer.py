@@ -384,10 +384,10 @@ class SpiralFormerConfig(PreTrainedConfig):
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan):
         # transformers 5.17 adds embeddings that are tied; under this name, what is kept is not saved.
-        derived = self.base_model_tp_plan
-        if plan is None or not plan.items() >= derived.items():
+        if plan is None or not plan.items() >= self.base_model_tp_plan.items():
             refuse("base_model_tp_plan", plan, "left alone or added to: it follows from the layer_family")
-        vars(self)["base_model_tp_plan"] = {name: plan[name] for name in plan if name not in derived}
+        layers = ("prelude.", "core.", "coda.")
+        vars(self)["base_model_tp_plan"] = {name: plan[name] for name in plan if not name.startswith(layers)}
 
     @property
     def num_hidden_layers(self) -> int:
