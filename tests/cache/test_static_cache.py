@@ -125,9 +125,7 @@ def fill_patterns(model, pads: list[int], columns: range) -> int:
 EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for dynamic in (None, False, True)]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "dynamic", "family"), [*EVERY_WAY, ((10, 6), None, "llama"), ((11, 6), None, "qwen3")], ids=str
-)
+@pytest.mark.parametrize(("lengths", "dynamic", "family"), [*EVERY_WAY, ((10, 6), None, "llama")], ids=str)
 def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic, family):
     model = small_model(chunk_sizes=[4, 2], layer_family=family, **FEW_LAYERS)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=11)
@@ -142,7 +140,7 @@ def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic, 
     ("sizes", "patterns", "family"),
     [
         *(([4, 2, 1], 3, "gpt_neox"), ([8, 4, 2, 1], 4, "gpt_neox"), ([16, 8, 4, 2], 5, "gpt_neox")),
-        *(([4, 2, 1], 3, "llama"), ([6, 2], 3, "qwen3")),
+        ([6, 2], 3, "qwen3"),
     ],
 )
 def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns, family):
