@@ -65,6 +65,8 @@ LEGACY_ROPE_NAMES = {
     "partial_rotary_factor": "partial_rotary_factor",
 }
 NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+# Fields of other models whose layers see a window only: refused.
+WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
 ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
@@ -268,7 +270,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         defaults: dict[str, Any] = family.defaults
         if "head_dim" in defaults:
             defaults["num_key_value_heads"] = self.num_attention_heads
-            defaults["head_dim"] = self.hidden_size // self.num_attention_heads
+            if self.hidden_size % self.num_attention_heads == 0:  # `validate_architecture` refuses it otherwise
+                defaults["head_dim"] = self.hidden_size // self.num_attention_heads
         defaults["norm"] = self.norm or family.norm
         defaults |= family.used_eps(defaults["norm"])
         for field, value in defaults.items():
@@ -281,8 +284,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         for fault in cls.find_faults(config_dict, given=kwargs) + cls.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
         # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
-        older = {name: kwargs.pop(name) for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
-        return super().from_dict(config_dict | older, **kwargs)
+        unread = {name: kwargs.pop(name) for name in list(kwargs) if name in (*LEGACY_ROPE_NAMES, *WINDOW_FIELDS)}
+        return super().from_dict(config_dict | unread, **kwargs)
 
     @classmethod
     def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
@@ -375,15 +378,16 @@ class SpiralFormerConfig(PreTrainedConfig):
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
         counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
-        rules = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
-        return rules | vars(self).get("base_model_tp_plan", {})
+        layers = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        return layers | vars(self).get("base_model_tp_plan", {})
 
     @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]):
-        """Keeps what the plan says beyond the layers: transformers up to 5.17 adds the rule of tied embeddings."""
-        layers = self.base_model_tp_plan
-        rules = {name: style for name, style in plan.items() if layers.get(name) != style}
-        vars(self)["base_model_tp_plan"] = rules  # a name that is never saved
+    def base_model_tp_plan(self, plan):
+        # transformers 5.17 adds embeddings that are tied; under this name, what is kept is not saved.
+        if plan is None or not plan.items() >= self.base_model_tp_plan.items():
+            refuse("base_model_tp_plan", plan, "left alone or added to: it follows from the layer_family")
+        layers = ("prelude.", "core.", "coda.")
+        vars(self)["base_model_tp_plan"] = {name: plan[name] for name in plan if not name.startswith(layers)}
 
     @property
     def num_hidden_layers(self) -> int:
@@ -439,7 +443,7 @@ class SpiralFormerConfig(PreTrainedConfig):
             value = getattr(self, field)
             if (value is not None) != (field in has):
                 refuse(field, value, f"{'set' if field in has else 'None'} {family}")
-        for field in ("sliding_window", "use_sliding_window"):
+        for field in WINDOW_FIELDS:
             if getattr(self, field, None):
                 refuse(field, getattr(self, field), "left out: every layer attends to the whole text")
 
