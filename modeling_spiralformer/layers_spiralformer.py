@@ -68,6 +68,8 @@ class LayerFamily:
         more_fields: those of `FAMILY_FIELDS` that its layers read, though its configuration lacks them.
         cache_argument: how a layer calls the cache.
         partial_rotary_factor: the default share of a head that rotates; None where it has to be the whole head.
+        final_norm: what that model calls its norm before the head.
+        unread_fields: fields of its configuration that change nothing in the layers as they are used here.
     """
 
     config_class: type[PreTrainedConfig]
@@ -81,6 +83,8 @@ class LayerFamily:
     more_fields: tuple[str, ...] = ()
     cache_argument: str = CACHE_NAME
     partial_rotary_factor: float | None = None
+    final_norm: str = "norm"
+    unread_fields: tuple[str, ...] = ()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -110,6 +114,8 @@ FAMILIES = {
         norm="layer_norm",
         cache_argument="layer_past",
         partial_rotary_factor=0.25,
+        final_norm="final_layer_norm",
+        unread_fields=("is_decoder",),
     ),
     "llama": LayerFamily(
         config_class=LlamaConfig,
@@ -127,6 +133,7 @@ FAMILIES = {
         outputs=("self_attn.o_proj", "mlp.down_proj"),
         norm="rms_norm",
         norms_heads=True,
+        unread_fields=("max_window_layers",),  # read where there is a sliding window
     ),
 }
 

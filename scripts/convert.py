@@ -1,4 +1,4 @@
-"""Converts a GPT-NeoX (Pythia) checkpoint into a SpiralFormer of a chosen layer split, or a plain stack back.
+"""Converts a GPT-NeoX, Llama or Qwen3 checkpoint into a SpiralFormer of a chosen layer split, or a plain stack back.
 
 python scripts/convert.py --model_name_or_path EleutherAI/pythia-160m --output_dir runs/converted
 """
@@ -12,18 +12,16 @@ from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
 from workshop.checkpoints import has_tokenizer, parse_overrides
 from workshop.conversion import (
+    FAMILY_OF,
     ROUTER_BIAS,
     ROUTER_BIAS_RANGE,
     load_source,
     parse_core_layers,
-    source_tokenizer,
-    to_gpt_neox,
+    to_plain,
     to_spiralformer,
 )
 from workshop.files import check_folder
 from workshop.settings import LARGEST_SEED, check_numbers
-
-SOURCES = {"spiralformer": "gpt_neox", "gpt_neox": "spiralformer"}
 
 
 @dataclass
@@ -35,9 +33,12 @@ class ConversionArguments:
     to: str = field(
         default="spiralformer",
         metadata={
-            "help": "The new architecture. A model goes back to gpt_neox where it has no loop.",
-            "choices": [*SOURCES],
+            "help": "The new architecture. A model without a loop goes back to that of its layers.",
+            "choices": ["spiralformer", *FAMILY_OF],
         },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The GGUF file of the folder or repository: it is dequantised."}
     )
     config_overrides: str | None = field(
         default=None,
@@ -55,10 +56,11 @@ class ConversionArguments:
 
     def __post_init__(self):
         check_numbers(self, router_bias=ROUTER_BIAS_RANGE, seed=(0, LARGEST_SEED))
-        if self.to == "gpt_neox":
-            for name in ("config_overrides", "core_layers", "router_bias"):
+        if self.to != "spiralformer":
+            allowed = f'left out with to="{self.to}": what is a SpiralFormer becomes a plain stack'
+            for name in ("gguf_file", "config_overrides", "core_layers", "router_bias"):
                 if getattr(self, name) is not None:
-                    refuse(name, getattr(self, name), 'left out with to="gpt_neox": it describes a loop')
+                    refuse(name, getattr(self, name), allowed)
 
 
 def convert(arguments: ConversionArguments) -> PreTrainedModel:
@@ -67,10 +69,9 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
     if output.resolve() == Path(arguments.model_name_or_path).resolve():
         refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
-    source = load_source(arguments.model_name_or_path, SOURCES[arguments.to])
-    tokenizer = source_tokenizer(arguments.model_name_or_path)
-    if arguments.to == "gpt_neox":
-        converted = to_gpt_neox(source)
+    source, tokenizer = load_source(arguments.model_name_or_path, arguments.to, arguments.gguf_file)
+    if arguments.to != "spiralformer":
+        converted = to_plain(source)
     else:
         core_layers = None if arguments.core_layers is None else parse_core_layers(arguments.core_layers)
         router_bias = ROUTER_BIAS if arguments.router_bias is None else arguments.router_bias
@@ -87,7 +88,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
 def main(arguments: ConversionArguments) -> None:
     converted = convert(arguments)
     print(f"{type(converted).__name__}, {converted.num_parameters() / 1e6:.2f}M parameters: {arguments.output_dir}")
-    if not has_tokenizer(arguments.model_name_or_path):
+    if arguments.gguf_file is None and not has_tokenizer(arguments.model_name_or_path):
         print(f"{arguments.model_name_or_path} has no tokenizer: none was written")
 
 

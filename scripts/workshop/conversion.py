@@ -1,18 +1,21 @@
-"""GPT-NeoX (Pythia) models as SpiralFormer models of a chosen layer split, and plain stacks back again.
+"""Models of the library as SpiralFormer models of a chosen layer split, and plain stacks back again.
 
-The layers of both are one class of the library, so a converted layer is a copy. What SpiralFormer adds has no
-counterpart in the source: scorers and allocators start as in any new model, the routers of MeSH by `start_routers`.
+The layers of both are one class of the library, so a converted layer is a copy. `FAMILIES` has the models whose layers
+these are. What SpiralFormer adds has no counterpart in the source: scorers and allocators start as in any new model,
+the routers of MeSH by `start_routers`.
 """
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,67 +23,97 @@ from transformers import (
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.configuration_spiralformer import refuse
+from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
-from workshop.checkpoints import has_tokenizer, load_config, load_model, load_tokenizer
+from workshop.checkpoints import check_loaded, has_tokenizer, load_config, load_model, load_tokenizer
 
 # How firmly the routers of a converted model start at one slot: its share is e^b / (e^b + N - 1) of N slots.
 ROUTER_BIAS = 6.0
 # Beyond this a share differs from 0 and 1 by less than any dtype holds, and the router could not learn.
 ROUTER_BIAS_RANGE = (0.0, 100.0)
+# `model_type` of a source -> `layer_family` of what it becomes.
+FAMILY_OF = {family.config_class.model_type: name for name, family in FAMILIES.items()}
 
 
-def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """The fields that a configuration class declares itself, without those of every configuration."""
+def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, None]:
+    """The fields that a configuration class declares itself, in order, without those of every configuration."""
     common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
-    return {item.name for item in dataclasses.fields(config_class)} - common
+    return dict.fromkeys(item.name for item in dataclasses.fields(config_class) if item.name not in common)
 
 
-SHARED_FIELDS = own_fields(GPTNeoXConfig) & own_fields(SpiralFormerConfig)
-LOOP_FIELDS = own_fields(SpiralFormerConfig) - SHARED_FIELDS
-# What a configuration says of its own class and file, and GPT-NeoX's layer count, which the split replaces.
+SOURCE_FIELDS = {name for family in FAMILIES.values() for name in own_fields(family.config_class)}
+# What a source leaves open, and what it says by being what it is.
+LOOP_FIELDS = own_fields(SpiralFormerConfig).keys() - SOURCE_FIELDS - {"layer_family", "norm", "scale_embeddings"}
+IMPLIED_FIELDS = {"layer_family", "norm", "scale_embeddings"}
+# What a configuration says of its own class and file, and a plain stack's layer count, which the split replaces.
 NOT_CARRIED = {"model_type", "architectures", "transformers_version", "_name_or_path", "num_hidden_layers", "auto_map"}
 
 
 # -- configurations ---------------------------------------------------------------------------------------------
 
 
-def carried_fields(config: PreTrainedConfig) -> dict[str, object]:
-    """Everything of a configuration that the other architecture takes as it is, unknown fields included.
+def source_family(config: PreTrainedConfig) -> LayerFamily:
+    """The family of a source's layers. Raises ValueError where there is none."""
+    if config.model_type not in FAMILY_OF:
+        refuse("model_type", config.model_type, f"one of {[*FAMILY_OF]}, whose layers are known")
+    return FAMILIES[FAMILY_OF[config.model_type]]
+
+
+def saved_fields(config: PreTrainedConfig) -> dict[str, object]:
+    """What a configuration says of the model, unknown fields included.
 
     Raises ValueError for a quantised checkpoint: its weights are not the layers' own.
     """
     if getattr(config, "quantization_config", None) is not None:
         refuse("quantization_config", config.quantization_config, "absent: convert first, then quantise")
-    values = {name: value for name, value in config.to_dict().items() if name not in NOT_CARRIED}
-    # GPT-NeoX never reads `is_decoder`: the default is not worth a line in every converted config.json.
-    return {name: value for name, value in values.items() if name != "is_decoder" or value}
+    return {name: value for name, value in config.to_dict().items() if name not in NOT_CARRIED}
 
 
-def spiral_config(source: GPTNeoXConfig, **options) -> SpiralFormerConfig:
+def carried_fields(source: PreTrainedConfig) -> dict[str, object]:
+    """Everything of a source's configuration that SpiralFormer takes as it is.
+
+    Raises ValueError for a setting that would change the layers, and that SpiralFormer does not have.
+    """
+    family, values = source_family(source), saved_fields(source)
+    defaults = family.config_class(num_hidden_layers=source.num_hidden_layers)
+    for name in own_fields(family.config_class):
+        if name in own_fields(SpiralFormerConfig) or name in NOT_CARRIED:
+            continue
+        if name in family.unread_fields:
+            # The default is not worth a line in every converted config.json.
+            if values.get(name) == getattr(defaults, name):
+                values.pop(name, None)
+        elif values.pop(name, None) != getattr(defaults, name):
+            allowed = f"{getattr(defaults, name)!r}: SpiralFormer has no other"
+            refuse(name, getattr(source, name), allowed)
+    for name in sorted((LOOP_FIELDS | IMPLIED_FIELDS) & values.keys()):
+        refuse(name, values[name], f'absent from a configuration of model_type "{source.model_type}"')
+    return values
+
+
+def spiral_config(source: PreTrainedConfig, **options) -> SpiralFormerConfig:
     """
     The configuration of a converted model.
 
     Args:
-        source: configuration of the GPT-NeoX model; all of its fields are carried over.
+        source: configuration of a model of one of `FAMILIES`; all of its fields are carried over.
         options: fields of the loop, such as `num_prelude_layers`, `chunk_sizes` or `topology`; the others keep
             SpiralFormer's defaults. With `chunk_sizes=[]` and no layer counts, all layers are the prelude.
 
     Raises:
         ValueError: for a field that comes from the source, for a split that the source's layers do not fit, and for a
-            setting of the source that SpiralFormer does not have (such as dynamic rotary angles).
+            setting of the source that SpiralFormer does not have (such as dynamic rotary angles or a sliding window).
     """
     for name, value in options.items():
-        if name not in LOOP_FIELDS - {"scale_embeddings"}:
-            allowed = f"left to the source checkpoint: a conversion sets only {sorted(LOOP_FIELDS)}"
-            refuse(name, value, allowed.replace("'scale_embeddings', ", ""))
+        if name not in LOOP_FIELDS:
+            refuse(name, value, f"left to the source checkpoint: a conversion sets only {sorted(LOOP_FIELDS)}")
     carried = carried_fields(source)
-    for name in sorted(LOOP_FIELDS & carried.keys()):
-        refuse(name, carried[name], "absent from a GPT-NeoX configuration")
     layers = source.num_hidden_layers
     if options.get("chunk_sizes", True) in ([], ()):
         coda = options.setdefault("num_coda_layers", 0)
         options = {"num_prelude_layers": layers - coda, "num_core_layers": 0, **options}
-    config = SpiralFormerConfig(**carried, scale_embeddings=False, **options)
+    family = FAMILY_OF[source.model_type]
+    config = SpiralFormerConfig(**carried, layer_family=family, scale_embeddings=False, **options)
     outer = config.num_prelude_layers + config.num_coda_layers
     if outer > layers or (not config.chunk_sizes and outer != layers):
         allowed = f"at most the source's {layers} layers together" if config.chunk_sizes else f"{layers} together"
@@ -88,18 +121,33 @@ def spiral_config(source: GPTNeoXConfig, **options) -> SpiralFormerConfig:
     return config
 
 
-def gpt_neox_config(config: SpiralFormerConfig) -> GPTNeoXConfig:
+def plain_config(config: SpiralFormerConfig) -> PreTrainedConfig:
     """
-    The configuration of a plain stack as GPT-NeoX.
+    The configuration of a plain stack as that of the library's own model of its family.
 
-    Raises ValueError where the model has a loop, or scales its embeddings: GPT-NeoX has neither.
+    Raises ValueError where the model has a loop, scales its embeddings, or has norms of another kind: none of those
+    models has.
     """
+    family = FAMILIES[config.layer_family]
+    named = f'with layer_family "{config.layer_family}"'
     if config.chunk_sizes:
-        refuse("chunk_sizes", config.chunk_sizes, "[]: GPT-NeoX has no loop")
+        refuse("chunk_sizes", config.chunk_sizes, "[]: a plain stack has no loop")
     if config.scale_embeddings:
-        refuse("scale_embeddings", config.scale_embeddings, "False: GPT-NeoX does not scale its embeddings")
-    carried = {name: value for name, value in carried_fields(config).items() if name not in LOOP_FIELDS}
-    return GPTNeoXConfig(**carried, num_hidden_layers=config.num_hidden_layers)
+        refuse("scale_embeddings", config.scale_embeddings, "False: a plain stack does not scale its embeddings")
+    if config.norm != family.norm:
+        refuse("norm", config.norm, f'"{family.norm}" {named}')
+    lacking = own_fields(SpiralFormerConfig).keys() - own_fields(family.config_class).keys()
+    defaults = SpiralFormerConfig(layer_family=config.layer_family).to_dict()
+    carried = {
+        name: value
+        for name, value in saved_fields(config).items()
+        if name not in LOOP_FIELDS | IMPLIED_FIELDS and (name not in lacking or value != defaults[name])
+    }
+    if family.partial_rotary_factor is None:  # the whole head, which that model need not be told
+        carried["rope_parameters"] = {
+            name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"
+        }
+    return family.config_class(**carried, num_hidden_layers=config.num_hidden_layers)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------
@@ -155,10 +203,18 @@ def copy_layer(sources: list[nn.Module], target: nn.Module) -> None:
     target.load_state_dict(states[0])
 
 
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a plain stack, in either architecture."""
+    if isinstance(model, SpiralFormerForCausalLM):
+        return [*model.model.prelude, *model.model.coda]
+    return [*model.base_model.layers]
+
+
 def parts_outside_of_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """Embeddings, final norm and head of either architecture."""
-    norm = model.gpt_neox.final_layer_norm if isinstance(model, GPTNeoXForCausalLM) else model.model.norm
-    return model.get_input_embeddings(), norm, model.get_output_embeddings()
+    ours = isinstance(model, SpiralFormerForCausalLM)
+    norm = "norm" if ours else source_family(model.config).final_norm
+    return model.get_input_embeddings(), getattr(model.base_model, norm), model.get_output_embeddings()
 
 
 def copy_outside_of_layers(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -199,18 +255,18 @@ def start_routers(topology: SpiralFormerMeSH, config: SpiralFormerConfig, bias: 
 
 @torch.no_grad()
 def to_spiralformer(
-    source: GPTNeoXForCausalLM,
+    source: PreTrainedModel,
     core_layers: list[list[int]] | None = None,
     router_bias: float = ROUTER_BIAS,
     **options,
 ) -> SpiralFormerForCausalLM:
     """
-    A SpiralFormer in the dtype of a GPT-NeoX model, and with its weights.
+    A SpiralFormer in the dtype of a model of one of `FAMILIES`, and with its weights.
 
     The prelude copies the source's first layers, the coda its last ones.
 
     Args:
-        source: the GPT-NeoX model; it stays as it is.
+        source: a causal language model, such as a `LlamaForCausalLM`; it stays as it is.
         core_layers: for each layer of the core, the source layers whose mean it gets. Default: `default_core_layers`.
             With `share_core=False` these are the layers of all iterations, one iteration after the other.
         router_bias: see `start_routers`; used with the topology "mesh" alone.
@@ -223,7 +279,7 @@ def to_spiralformer(
     low, high = ROUTER_BIAS_RANGE
     if not low <= router_bias <= high:
         refuse("router_bias", router_bias, f"a number in [{low:g}, {high:g}]")
-    layers = source.gpt_neox.layers
+    layers = layers_of(source)
     groups = default_core_layers(config, len(layers)) if core_layers is None else core_layers
     check_core_layers(groups, config, len(layers))
     target = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
@@ -240,16 +296,16 @@ def to_spiralformer(
 
 
 @torch.no_grad()
-def to_gpt_neox(source: SpiralFormerForCausalLM) -> GPTNeoXForCausalLM:
+def to_plain(source: SpiralFormerForCausalLM) -> PreTrainedModel:
     """
-    A plain stack (`chunk_sizes=[]`) as a GPT-NeoX model of the same dtype, tensors and logits.
+    A plain stack (`chunk_sizes=[]`) as the library's own model of its family, with the same dtype, tensors and logits.
 
     Raises:
-        ValueError: where the model has a loop, or scales its embeddings.
+        ValueError: where `plain_config` does.
     """
-    target = AutoModelForCausalLM.from_config(gpt_neox_config(source.config), dtype=source.dtype)
+    target = AutoModelForCausalLM.from_config(plain_config(source.config), dtype=source.dtype)
     copy_outside_of_layers(source, target)
-    for layer, copied in zip(target.gpt_neox.layers, (*source.model.prelude, *source.model.coda), strict=True):
+    for layer, copied in zip(layers_of(target), layers_of(source), strict=True):
         copy_layer([copied], layer)
     return target
 
@@ -257,16 +313,49 @@ def to_gpt_neox(source: SpiralFormerForCausalLM) -> GPTNeoXForCausalLM:
 # -- the source ----------------------------------------------------------------------------------------------------
 
 
-def load_source(name_or_path: str, model_type: str) -> PreTrainedModel:
-    """A checkpoint with all of its weights, in its own dtype; refused where it is another architecture."""
+def check_model_type(name_or_path: str, config: PreTrainedConfig, to: str) -> None:
+    """Refuses, before its weights are read, a checkpoint that `to` cannot be made of."""
+    allowed = [*FAMILY_OF] if to == "spiralformer" else ["spiralformer"]
+    if config.model_type not in allowed:
+        is_one = f'a checkpoint of a model_type in {allowed}, not "{config.model_type}"'
+        refuse("model_name_or_path", name_or_path, is_one)
+    if to != "spiralformer" and FAMILY_OF[to] != config.layer_family:
+        refuse("to", to, f'that of layer_family "{config.layer_family}"')
+
+
+def load_source(
+    name_or_path: str, to: str = "spiralformer", gguf_file: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """
+    A checkpoint with all of its weights, in its own dtype, and the tokenizer beside it; None where there is none.
+
+    Args:
+        name_or_path: folder or Hub name.
+        to: what is to be made of it: "spiralformer", or a `model_type` of `FAMILY_OF`.
+        gguf_file: the GGUF file in it that holds model and tokenizer; the library dequantises the weights.
+
+    Raises:
+        ValueError: where it is another architecture, lacks a weight or holds one too many, or where no such file is.
+    """
+    if gguf_file is not None:
+        return load_gguf(name_or_path, to, gguf_file)
     config = load_config(name_or_path)
-    if config.model_type != model_type:
-        refuse(
-            "model_name_or_path", name_or_path, f'a checkpoint of model_type "{model_type}", not "{config.model_type}"'
-        )
-    return load_model(name_or_path, config, dtype="auto")
+    check_model_type(name_or_path, config, to)
+    tokenizer = load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
+    return load_model(name_or_path, config, dtype="auto"), tokenizer
 
 
-def source_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the source, carried as it is; None where the source has none."""
-    return load_tokenizer(name_or_path, None, "model_name_or_path") if has_tokenizer(name_or_path) else None
+def load_gguf(name_or_path: str, to: str, gguf_file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_source` of a GGUF file."""
+    if Path(name_or_path).exists() and not Path(name_or_path, gguf_file).is_file():
+        refuse("gguf_file", gguf_file, f"a file of {name_or_path!r}")
+    check_model_type(name_or_path, AutoConfig.from_pretrained(name_or_path, gguf_file=gguf_file), to)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        gguf_file=gguf_file,
+        dtype="auto",
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    check_loaded(f"{name_or_path}/{gguf_file}", model, info)
+    return model, AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file)

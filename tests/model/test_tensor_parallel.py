@@ -4,10 +4,11 @@ import pytest
 import tensor_parallel
 import torch
 from distributed_runs import in_processes
-from support import random_ids, small_model
+from support import random_ids, small_config, small_model
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 
+from modeling_spiralformer import SpiralFormerForCausalLM
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 
@@ -62,6 +63,19 @@ def test_the_plan_names_every_matrix_of_a_layer_and_no_part_that_is_missing(fami
     }
     of_layers = {name for name in matrices if name.startswith(("model.prelude.0.", "model.core.0."))}
     assert of_layers <= plan.keys() and len(of_layers) >= 8
+
+
+def test_a_rule_of_ones_own_goes_along_and_is_not_saved(tmp_path):
+    """The oldest release adds one for tied embeddings itself."""
+    config = small_config(tie_word_embeddings=True)
+    config.base_model_tp_plan = config.base_model_tp_plan | {"norm": "replicated_with_grad_allreduce"}
+    config.num_coda_layers = 0
+    plan = config.base_model_tp_plan
+    assert plan["norm"] == "replicated_with_grad_allreduce" and "prelude.*.attention.dense" in plan
+    assert not any(rule.startswith("coda") for rule in plan)
+    assert SpiralFormerForCausalLM(config).model.tp_plan["norm"] == "replicated_with_grad_allreduce"
+    config.save_pretrained(tmp_path)
+    assert "tp_plan" not in (tmp_path / "config.json").read_text()
 
 
 def test_heads_that_the_processes_cannot_share_are_refused():

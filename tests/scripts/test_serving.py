@@ -1,5 +1,6 @@
 """Pipelines give what the model gives alone; `transformers serve` answers over HTTP; other engines are kept away."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -186,21 +188,14 @@ def test_classes_in_ragged_batches(tokenizer, side):
 # -- transformers serve -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A folder with the checkpoint `my_model`, and the address of the server that the page's command starts there."""
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "scripts").symlink_to(ROOT / "scripts")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "my_model")
-    small_model(5, vocab_size=4096, hidden_size=32, dtype=torch.float32).save_pretrained(folder / "my_model")
+@contextlib.contextmanager
+def serving(folder: Path, start: str) -> Iterator[str]:
+    """The address of the server that a page's command starts in a folder, at a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (start,) = (line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py"))
     words = shlex.split(start)
-    assert words[2] == "my_model" and words[-2] == "--port"
+    assert words[:2] == ["python", "scripts/serve.py"] and words[-2] == "--port"
     (folder / "cache").mkdir()
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
     with open(folder / "log", "w") as log:
@@ -214,7 +209,7 @@ def served(tmp_path_factory):
     address = f"http://localhost:{port}"
     try:
         wait_for(address + "/health", server, folder / "log")
-        yield folder, address
+        yield address
     finally:
         server.terminate()
         try:
@@ -222,6 +217,21 @@ def served(tmp_path_factory):
         except subprocess.TimeoutExpired:
             server.kill()
             raise
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder with the checkpoint `my_model`, and the address of the server that the page's command starts there."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "my_model")
+    small_model(5, vocab_size=4096, hidden_size=32, dtype=torch.float32).save_pretrained(folder / "my_model")
+    (start,) = (line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py"))
+    assert shlex.split(start)[2] == "my_model"
+    with serving(folder, start) as address:
+        yield folder, address
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
