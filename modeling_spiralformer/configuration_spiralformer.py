@@ -30,7 +30,7 @@ from transformers.utils import auto_docstring, logging
 from transformers.utils.type_validators import interval
 
 from .cache_name_spiralformer import CACHE_NAME
-from .layers_spiralformer import FAMILIES, FAMILY_FIELDS, NORM_EPS
+from .layers_spiralformer import EPS_FIELDS, FAMILIES, FAMILY_FIELDS
 
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -308,7 +308,13 @@ class SpiralFormerConfig(PreTrainedConfig):
         common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
         own = [item for item in dataclasses.fields(cls) if item.name not in common]
         older = () if "layer_family" in config_dict else ADDED_FIELDS
-        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older}]
+        families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
+        known = [
+            *(field for family in families for field in family.defaults),
+            *(field for family in families for field in family.used_eps(config_dict.get("norm") or family.norm)),
+        ]
+        lacked = {*FAMILY_FIELDS, *EPS_FIELDS} - {*known}
+        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
             rotary.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
@@ -316,15 +322,25 @@ class SpiralFormerConfig(PreTrainedConfig):
             named = {NESTED_ROPE_NAMES.get(name, name) for part in parts for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
-        for family in (FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")):
-            known = (*family.defaults, *family.used_eps(config_dict.get("norm") or family.norm), "norm")
-            null = [field for field in known if field in config_dict and config_dict[field] is None]
-            faults += [f"`{field}` is null and takes its default." for field in null]
+        null = [field for field in (*known, "norm") if field in config_dict and config_dict[field] is None]
+        faults += [f"`{field}` is null and takes its default." for field in null]
         names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
         both = isinstance(names, dict) and isinstance(numbers, dict)
         if both and {str(number): name for name, number in numbers.items()} != {str(n): names[n] for n in names}:
             faults.append("`label2id` is not `id2label` the other way round.")
         return faults
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library does, without the fields that the family of layers lacks.
+
+        Others look for a field there, such as the heads of keys, and know what to do where there is none.
+        """
+        values = super().to_dict()
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in (*FAMILY_FIELDS, *EPS_FIELDS)
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
@@ -439,7 +455,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         known = FAMILIES[self.layer_family]
         has = {*known.defaults, *known.used_eps(self.norm or known.norm), "norm"}
         family = f'with layer_family "{self.layer_family}" and norm "{self.norm}"'
-        for field in (*FAMILY_FIELDS, *(eps for eps, _ in NORM_EPS.values()), "norm"):
+        for field in (*FAMILY_FIELDS, *EPS_FIELDS, "norm"):
             value = getattr(self, field)
             if (value is not None) != (field in has):
                 refuse(field, value, f"{'set' if field in has else 'None'} {family}")

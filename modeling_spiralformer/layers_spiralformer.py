@@ -51,6 +51,7 @@ FAMILY_FIELDS = (
 )
 # The epsilon of each kind of norm, and its default.
 NORM_EPS = {"layer_norm": ("layer_norm_eps", 1e-5), "rms_norm": ("rms_norm_eps", 1e-6)}
+EPS_FIELDS = tuple(field for field, _ in NORM_EPS.values())
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,9 @@ def name_peft_targets(model_type: str) -> None:
 
 
 __all__ = [
+    "EPS_FIELDS",
     "FAMILIES",
     "FAMILY_FIELDS",
-    "NORM_EPS",
     "LayerFamily",
     "make_layer",
     "make_norm",
