@@ -30,7 +30,7 @@ from transformers.utils import auto_docstring, logging
 from transformers.utils.type_validators import interval
 
 from .cache_name_spiralformer import CACHE_NAME
-from .layers_spiralformer import FAMILIES, FAMILY_FIELDS, NORM_EPS
+from .layers_spiralformer import EPS_FIELDS, FAMILIES, FAMILY_FIELDS
 
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -65,6 +65,8 @@ LEGACY_ROPE_NAMES = {
     "partial_rotary_factor": "partial_rotary_factor",
 }
 NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+# Fields of other models whose layers see a window only: refused.
+WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
 ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
@@ -268,7 +270,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         defaults: dict[str, Any] = family.defaults
         if "head_dim" in defaults:
             defaults["num_key_value_heads"] = self.num_attention_heads
-            defaults["head_dim"] = self.hidden_size // self.num_attention_heads
+            if self.hidden_size % self.num_attention_heads == 0:  # `validate_architecture` refuses it otherwise
+                defaults["head_dim"] = self.hidden_size // self.num_attention_heads
         defaults["norm"] = self.norm or family.norm
         defaults |= family.used_eps(defaults["norm"])
         for field, value in defaults.items():
@@ -281,8 +284,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         for fault in cls.find_faults(config_dict, given=kwargs) + cls.misspelt_fields(kwargs):
             logger.warning(f"SpiralFormerConfig: {fault}")
         # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
-        older = {name: kwargs.pop(name) for name in list(kwargs) if name in LEGACY_ROPE_NAMES}
-        return super().from_dict(config_dict | older, **kwargs)
+        unread = {name: kwargs.pop(name) for name in list(kwargs) if name in (*LEGACY_ROPE_NAMES, *WINDOW_FIELDS)}
+        return super().from_dict(config_dict | unread, **kwargs)
 
     @classmethod
     def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
@@ -305,7 +308,13 @@ class SpiralFormerConfig(PreTrainedConfig):
         common = {item.name for item in dataclasses.fields(PreTrainedConfig)}
         own = [item for item in dataclasses.fields(cls) if item.name not in common]
         older = () if "layer_family" in config_dict else ADDED_FIELDS
-        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older}]
+        families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
+        known = [
+            *(field for family in families for field in family.defaults),
+            *(field for family in families for field in family.used_eps(config_dict.get("norm") or family.norm)),
+        ]
+        lacked = {*FAMILY_FIELDS, *EPS_FIELDS} - {*known}
+        missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
             rotary.append({name: value for name, value in config_dict.items() if name in LEGACY_ROPE_NAMES})
@@ -313,15 +322,25 @@ class SpiralFormerConfig(PreTrainedConfig):
             named = {NESTED_ROPE_NAMES.get(name, name) for part in parts for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
-        for family in (FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")):
-            known = (*family.defaults, *family.used_eps(config_dict.get("norm") or family.norm), "norm")
-            null = [field for field in known if field in config_dict and config_dict[field] is None]
-            faults += [f"`{field}` is null and takes its default." for field in null]
+        null = [field for field in (*known, "norm") if field in config_dict and config_dict[field] is None]
+        faults += [f"`{field}` is null and takes its default." for field in null]
         names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
         both = isinstance(names, dict) and isinstance(numbers, dict)
         if both and {str(number): name for name, number in numbers.items()} != {str(n): names[n] for n in names}:
             faults.append("`label2id` is not `id2label` the other way round.")
         return faults
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library does, without the fields that the family of layers lacks.
+
+        Others look for a field there, such as the heads of keys, and know what to do where there is none.
+        """
+        values = super().to_dict()
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in (*FAMILY_FIELDS, *EPS_FIELDS)
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
@@ -375,15 +394,16 @@ class SpiralFormerConfig(PreTrainedConfig):
         """How tensor parallelism shards the layers: as the library shards those of their own model."""
         plan = FAMILIES[self.layer_family].layer_tp_plan
         counts = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
-        rules = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
-        return rules | vars(self).get("base_model_tp_plan", {})
+        layers = {f"{part}.*.{name}": style for part in counts if counts[part] for name, style in plan.items()}
+        return layers | vars(self).get("base_model_tp_plan", {})
 
     @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]):
-        """Keeps what the plan says beyond the layers: transformers up to 5.17 adds the rule of tied embeddings."""
-        layers = self.base_model_tp_plan
-        rules = {name: style for name, style in plan.items() if layers.get(name) != style}
-        vars(self)["base_model_tp_plan"] = rules  # a name that is never saved
+    def base_model_tp_plan(self, plan):
+        # transformers 5.17 adds embeddings that are tied; under this name, what is kept is not saved.
+        if plan is None or not plan.items() >= self.base_model_tp_plan.items():
+            refuse("base_model_tp_plan", plan, "left alone or added to: it follows from the layer_family")
+        layers = ("prelude.", "core.", "coda.")
+        vars(self)["base_model_tp_plan"] = {name: plan[name] for name in plan if not name.startswith(layers)}
 
     @property
     def num_hidden_layers(self) -> int:
@@ -435,11 +455,11 @@ class SpiralFormerConfig(PreTrainedConfig):
         known = FAMILIES[self.layer_family]
         has = {*known.defaults, *known.used_eps(self.norm or known.norm), "norm"}
         family = f'with layer_family "{self.layer_family}" and norm "{self.norm}"'
-        for field in (*FAMILY_FIELDS, *(eps for eps, _ in NORM_EPS.values()), "norm"):
+        for field in (*FAMILY_FIELDS, *EPS_FIELDS, "norm"):
             value = getattr(self, field)
             if (value is not None) != (field in has):
                 refuse(field, value, f"{'set' if field in has else 'None'} {family}")
-        for field in ("sliding_window", "use_sliding_window"):
+        for field in WINDOW_FIELDS:
             if getattr(self, field, None):
                 refuse(field, getattr(self, field), "left out: every layer attends to the whole text")
 

@@ -16,6 +16,7 @@
 `FAMILIES` has them by the `layer_family` of a configuration. CONTRIBUTING.md says how to add one.
 """
 
+import copy
 import dataclasses
 import math
 import sys
@@ -50,6 +51,7 @@ FAMILY_FIELDS = (
 )
 # The epsilon of each kind of norm, and its default.
 NORM_EPS = {"layer_norm": ("layer_norm_eps", 1e-5), "rms_norm": ("rms_norm_eps", 1e-6)}
+EPS_FIELDS = tuple(field for field, _ in NORM_EPS.values())
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,13 @@ def make_layer(config, entry: int) -> nn.Module:
     return layer
 
 
+def make_rotary_embedding(config) -> nn.Module:
+    """The rotary embedding of the configuration's family."""
+    sized = copy.copy(config)
+    sized.head_dim = config.resolved_head_dim  # the library's YaRN takes a None for a size
+    return FAMILIES[config.layer_family].rotary_embedding(config=sized)
+
+
 def name_peft_targets(model_type: str) -> None:
     """Gives `model_type` the default `target_modules` of all families, in every tuner of PEFT.
 
@@ -171,4 +180,13 @@ def name_peft_targets(model_type: str) -> None:
                 mapping.setdefault(model_type, list(dict.fromkeys(name for names in known for name in names)))
 
 
-__all__ = ["FAMILIES", "FAMILY_FIELDS", "NORM_EPS", "LayerFamily", "make_layer", "make_norm", "name_peft_targets"]
+__all__ = [
+    "EPS_FIELDS",
+    "FAMILIES",
+    "FAMILY_FIELDS",
+    "LayerFamily",
+    "make_layer",
+    "make_norm",
+    "make_rotary_embedding",
+    "name_peft_targets",
+]

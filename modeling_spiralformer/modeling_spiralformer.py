@@ -83,7 +83,7 @@ from .cache_spiralformer import IterationCache, MovedCache, find_states, read_pa
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
 from .elastic_spiralformer import check_shared, make_view, record_outputs
-from .layers_spiralformer import FAMILIES, make_layer, make_norm, name_peft_targets
+from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
@@ -311,7 +311,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
             self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
         self.norm = make_norm(config)
-        self.rotary_emb = FAMILIES[config.layer_family].rotary_embedding(config=config)
+        self.rotary_emb = make_rotary_embedding(config)
         self.grids = ChunkGrid.of(config)
         # In a view, which shares modules with another model, these are others (`elastic_spiralformer`): how far the
         # entries of core and coda are from the numbers of the layers, the configuration that the layers read, and

@@ -171,7 +171,8 @@ def to_json(config: SpiralFormerConfig) -> str:
     inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}
     own = [item.name for item in dataclasses.fields(config) if item.name not in inherited]
     settings = {"architectures": config.architectures, "model_type": config.model_type}
-    settings |= {name: getattr(config, name) for name in own}
+    known = config.to_dict()
+    settings |= {name: getattr(config, name) for name in own if name in known}
     return json.dumps(settings, indent=2) + "\n"
 
 

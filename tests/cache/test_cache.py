@@ -11,6 +11,7 @@ from support import model_options, pad_rows, ragged_pads, random_ids, small_conf
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 # A layer that needs no further package; transformers 5.17 does not have it, and every other one needs one.
 FP8_LAYER = getattr(cache_utils, "Fp8QuantizedLayer", cache_utils.DynamicLayer)
@@ -97,6 +98,8 @@ TestCache = CacheMachine.TestCase
     [
         {"chunk_sizes": [8, 4, 2, 1]},
         {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [11, 4], "topology": "anchor"},
+        {"chunk_sizes": [6, 1], "layer_family": "llama"},
+        {"chunk_sizes": [7, 2], "layer_family": "qwen3", "norm": "layer_norm"},
     ],
 )
 def test_token_by_token_decoding_of_padded_rows(options):
@@ -119,14 +122,17 @@ def test_token_by_token_decoding_of_padded_rows(options):
 # -- what a decode step costs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pads", [[0], [0, 0, 0], [0, 3, 7, 8, 14]])
-@pytest.mark.parametrize("offsets", [None, [0, 0, 0, 0]])
-def test_the_core_runs_where_a_chunk_fills_and_nowhere_else(pads, offsets):
-    model = small_model(chunk_sizes=[8, 4, 2, 1], chunk_offsets=offsets, num_core_layers=1)
+NEOX = [(pads, w, "gpt_neox") for pads in ([0], [0, 0, 0], [0, 3, 7, 8, 14]) for w in (None, [0, 0, 0, 0])]
+
+
+@pytest.mark.parametrize(("pads", "offsets", "family"), [*NEOX, ([0, 5], None, "llama"), ([0, 5], None, "qwen3")])
+def test_the_core_runs_where_a_chunk_fills_and_nowhere_else(pads, offsets, family):
+    model = small_model(chunk_sizes=[8, 4, 2, 1], chunk_offsets=offsets, num_core_layers=1, layer_family=family)
     passes = []  # (iteration, rows) of every pass of the core
 
     def count(module, args, kwargs):
-        passes.append((kwargs["layer_past"].entry_offset, args[0].shape[0], args[0].shape[1]))
+        view = kwargs[model.model.cache_argument]
+        passes.append((view.entry_offset, args[0].shape[0], args[0].shape[1]))
 
     prompt = max(pads) + 5
     ids = random_ids(len(pads), prompt + 256)
@@ -148,11 +154,13 @@ def test_the_core_runs_where_a_chunk_fills_and_nowhere_else(pads, offsets):
             assert passes == expected, column
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_a_decode_step_never_waits_for_the_device(static):
+@pytest.mark.parametrize(
+    ("static", "family"), [(False, "gpt_neox"), (True, "gpt_neox"), (False, "llama"), (True, "qwen3")]
+)
+def test_a_decode_step_never_waits_for_the_device(static, family):
     """On the meta device any read of a value raises: .item(), .tolist(), `if tensor`, nonzero, boolean indexing."""
     with torch.device("meta"):
-        model = SpiralFormerForCausalLM(small_config(chunk_sizes=[8, 4, 2, 1])).eval()
+        model = SpiralFormerForCausalLM(small_config(chunk_sizes=[8, 4, 2, 1], layer_family=family)).eval()
     cache = StaticCache(config=model.config, max_cache_len=72) if static else DynamicCache(config=model.config)
     ids = torch.zeros(2, 40, dtype=torch.long, device="meta")
     with torch.no_grad():
@@ -214,9 +222,13 @@ def test_spare_room_of_a_growing_cache_is_held_to_the_formula_too():
     assert len(places) <= 4  # moved only when the room was full
 
 
-def test_a_growing_cache_survives_gradients_and_inference_mode():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_growing_cache_survives_gradients_and_inference_mode(family):
     """What records gradients, or was made where nothing may be written, is copied and not written into."""
-    model, ids = small_model(chunk_sizes=[4, 1]), random_ids(2, 140)  # long enough for room between two steps
+    model, ids = (
+        small_model(chunk_sizes=[4, 1], layer_family=family),
+        random_ids(2, 140),
+    )  # long enough for room between two steps
     expected = model(ids, use_cache=False).logits
     for first, then in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
         cache = DynamicCache(config=model.config)
@@ -390,10 +402,16 @@ class Interrupted(Exception):
     """Stands for anything that can end a forward: out of memory, Ctrl-C."""
 
 
-@pytest.mark.parametrize("place", ["prelude.0", "core.1", "topology.write.3", "coda.0"])
+@pytest.mark.parametrize(
+    ("place", "family"),
+    [
+        *(("prelude.0", "gpt_neox"), ("core.1", "gpt_neox"), ("topology.write.3", "gpt_neox"), ("coda.0", "gpt_neox")),
+        *(("core.0.self_attn.k_proj", "llama"), ("core.1.self_attn.k_norm", "qwen3")),
+    ],
+)
 @pytest.mark.parametrize("static", [False, True])
-def test_a_cache_that_an_error_left_half_written_is_refused(place, static):
-    model, ids = small_model(), random_ids(1, 15)
+def test_a_cache_that_an_error_left_half_written_is_refused(place, family, static):
+    model, ids = small_model(layer_family=family), random_ids(1, 15)
     cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
 
     def interrupt(*args):

@@ -8,10 +8,11 @@ from histories import random_history
 from support import small_config
 from transformers import DynamicCache
 
-from modeling_spiralformer import batch_spiralformer, cache_spiralformer, storage_spiralformer
+from modeling_spiralformer import batch_spiralformer, cache_spiralformer, modeling_spiralformer, storage_spiralformer
 from modeling_spiralformer.batch_spiralformer import LeftPadding
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from modeling_spiralformer.level_spiralformer import ResolutionState
 from modeling_spiralformer.storage_spiralformer import append_columns, write_columns
 
@@ -19,6 +20,8 @@ MODELS = (
     {"chunk_sizes": [4, 2, 1], "num_core_layers": 1},
     {"chunk_sizes": [5, 3], "num_core_layers": 2, "topology": "anchor", "causal_shifts": [6, 9]},
     {"chunk_sizes": [3], "num_core_layers": 1, "chunk_offsets": [2], "topology": "residual"},
+    {"chunk_sizes": [4, 1], "num_core_layers": 1, "layer_family": "llama"},
+    {"chunk_sizes": [5, 2], "num_core_layers": 1, "layer_family": "qwen3", "topology": "anchor"},
 )
 HISTORIES = 60
 
@@ -135,7 +138,21 @@ def room_outlives_a_change_of_rows():
     return append
 
 
+def as_many_heads_of_keys_as_of_queries(config):
+    return config.num_attention_heads
+
+
+def heads_that_share_the_width(self, grid, owner, rows, states, heads):
+    ORIGINAL["bind"](self, grid, owner, rows, states, (heads[0], states.shape[-1] // heads[0]))
+
+
+def family_with(**changes):
+    """All families but GPT-NeoX, changed."""
+    return {name: family if name == "gpt_neox" else replace(family, **changes) for name, family in FAMILIES.items()}
+
+
 ORIGINAL = {
+    "bind": SpiralFormerLatentLayer.bind,
     "crop": ResolutionState.crop,
     "store": ResolutionState.store,
     "map_rows": ResolutionState.map_rows,
@@ -204,6 +221,14 @@ MUTATIONS = {
         cache_spiralformer,
         "write_columns",
         filled_columns_written_again,
+    ),
+    # Of families alone whose keys have heads of their own, or whose layers call the cache by another name.
+    "heads of keys are those of queries": (cache_spiralformer, "_local_heads", as_many_heads_of_keys_as_of_queries),
+    "heads of keys share the width": (SpiralFormerLatentLayer, "bind", heads_that_share_the_width),
+    "the cache under the name of GPT-NeoX": (
+        modeling_spiralformer,
+        "FAMILIES",
+        family_with(cache_argument=FAMILIES["gpt_neox"].cache_argument),
     ),
     "room outlives a change of rows": (storage_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
 }

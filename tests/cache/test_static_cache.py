@@ -10,6 +10,8 @@ STATIC = {
     "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
     "no prelude": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0, "share_core": False},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+    "llama": {"chunk_sizes": [4, 1], "layer_family": "llama", "num_core_layers": 1},
+    "qwen3": {"chunk_sizes": [6], "layer_family": "qwen3", "num_core_layers": 1, "num_coda_layers": 0},
 }
 static = pytest.mark.parametrize("options", STATIC.values(), ids=STATIC.keys())
 
@@ -120,10 +122,12 @@ def fill_patterns(model, pads: list[int], columns: range) -> int:
     return len({tuple(filled(column, g, w) for g, w in zip(sizes, offsets, strict=True)) for column in columns})
 
 
-@pytest.mark.parametrize("lengths", [(11, 11), (11, 6), (10, 6)], ids=str)
-@pytest.mark.parametrize("dynamic", [None, False, True])
-def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic):
-    model = small_model(chunk_sizes=[4, 2], **FEW_LAYERS)
+EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for dynamic in (None, False, True)]
+
+
+@pytest.mark.parametrize(("lengths", "dynamic", "family"), [*EVERY_WAY, ((10, 6), None, "llama")], ids=str)
+def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic, family):
+    model = small_model(chunk_sizes=[4, 2], layer_family=family, **FEW_LAYERS)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=11)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
     tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=dynamic)
@@ -132,11 +136,17 @@ def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic):
     assert graphs == fill_patterns(model, [11 - n for n in lengths], range(11, 23))
 
 
-@pytest.mark.parametrize(("sizes", "patterns"), [([4, 2, 1], 3), ([8, 4, 2, 1], 4), ([16, 8, 4, 2], 5)])
-def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns):
+@pytest.mark.parametrize(
+    ("sizes", "patterns", "family"),
+    [
+        *(([4, 2, 1], 3, "gpt_neox"), ([8, 4, 2, 1], 4, "gpt_neox"), ([16, 8, 4, 2], 5, "gpt_neox")),
+        ([6, 2], 3, "qwen3"),
+    ],
+)
+def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns, family):
     """fullgraph, with a mask that grows: its first length has a graph of its own, never met again."""
     torch._dynamo.reset()
-    model = small_model(dtype=torch.float32, chunk_sizes=sizes, num_core_layers=1)
+    model = small_model(dtype=torch.float32, chunk_sizes=sizes, num_core_layers=1, layer_family=family)
     graphs = []
     compiled = torch.compile(model.forward, fullgraph=True, backend=counting(graphs))
     period, ids = max(sizes), random_ids(1, 64)

@@ -29,6 +29,7 @@ class Case:
         dtype: float32 where the tuner keeps tensors that `double()` does not reach.
         tolerance: larger where the tuner itself computes in float32.
         given: arguments of a forward of three rows.
+        model: options of the model that it wraps.
     """
 
     wrap: Callable[[torch.nn.Module], torch.nn.Module]
@@ -39,11 +40,12 @@ class Case:
     tolerance: float = 1e-9
     given: dict = field(default_factory=dict)
     config: peft.PeftConfig | None = None
+    model: dict = field(default_factory=dict)
 
 
 def tuner(config_class: type, targets="all-linear", **options) -> Case:
     """A tuner's configuration on `targets`; `options` are its own, or what a `Case` says of it."""
-    names = ("merges", "reloads", "replays", "dtype", "tolerance", "given")
+    names = ("merges", "reloads", "replays", "dtype", "tolerance", "given", "model")
     case = {name: options.pop(name) for name in names if name in options}
     if targets is not None:
         options["target_modules"] = targets
@@ -229,6 +231,19 @@ TUNERS = {
     "VeRA": tuner(peft.VeraConfig, r=4),
     "WaveFT": tuner(peft.WaveFTConfig, n_frequency=10),
     "mixed tuners": mixed_tuners(),
+}
+
+GATED_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA, QWEN3 = ({"model": {"layer_family": family}} for family in ("llama", "qwen3"))
+OF_FAMILIES = {
+    "LoRA without targets, llama": lora(None, **LLAMA),
+    "LoRA on queries and outputs, llama": lora(["q_proj", "o_proj"], **LLAMA),
+    "LoRA on queries and outputs of the core, qwen3": lora(r".*\.core\..*(q_proj|o_proj)", **QWEN3),
+    "`use_dora`, qwen3": lora(GATED_LAYERS, use_dora=True, **QWEN3),
+    "all linear, llama": lora(**LLAMA),
+    "IA3, qwen3": tuner(peft.IA3Config, ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **QWEN3),
+    "LN tuning, qwen3": tuner(peft.LNTuningConfig, ["input_layernorm", "q_norm", "k_norm", "norm"], **QWEN3),
+    "OFT, llama": tuner(peft.OFTConfig, GATED_LAYERS, oft_block_size=4, **LLAMA),
 }
 
 PROMPTS = {

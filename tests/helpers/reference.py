@@ -2,11 +2,13 @@
 SpiralFormer written from its equations: one row, token by token, in float64. Slow and obvious, to test against.
 
 Shares no code with the package. Sources: arXiv 2602.11698 (SpiralFormer) for chunks, down-scaling, up-scaling, shift
-and anchor; arXiv 2510.07739 (MeSH) for the memory slots; the GPT-NeoX layer as in transformers. No dropout; gradients
-flow into weights and embeddings. `config` is anything with the attributes of SpiralFormerConfig.
+and anchor; arXiv 2510.07739 (MeSH) for the memory slots; the layers of GPT-NeoX, Llama and Qwen3 as in transformers;
+arXiv 2309.00071 (YaRN) and 2407.21783 (Llama 3) for their rotary frequencies. No dropout; gradients flow into weights
+and embeddings. `config` is anything with the attributes of SpiralFormerConfig.
 
-Letters: L tokens, K latents (chunks) of a level, G tokens in a chunk, D hidden size, H heads, T iterations, S slots,
-V vocabulary. A state is a (D,) vector; a sequence of states is a list of them, one per token or one per latent.
+Letters: L tokens, K latents (chunks) of a level, G tokens in a chunk, D hidden size, H heads of queries, J heads of
+keys and values, E size of a head, T iterations, S slots, V vocabulary. A state is a (D,) vector; a sequence of states
+is a list of them, one per token or one per latent.
 """
 
 import math
@@ -38,7 +40,7 @@ def reference_logits_from_embeddings(config, state_dict: Weights, embeddings: Te
     y = run_layers(config, state_dict, "model.coda", range(config.num_coda_layers), h)
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return torch.stack(
-        [linear(state_dict, head, layer_norm(config, state_dict, "model.norm", state), bias=False) for state in y]
+        [linear(state_dict, head, norm(config, state_dict, "model.norm", state), bias=False) for state in y]
     )
 
 
@@ -146,78 +148,166 @@ def allocate(config, weights: Weights, t: int, latent: State) -> Tensor:
     return linear(weights, f"model.resolutions.{t}.allocator", latent).softmax(dim=-1)
 
 
-# -- the GPT-NeoX layer -------------------------------------------------------------------------------------------
+# -- the layers of the families ------------------------------------------------------------------------------------
 
 
 def run_layers(config, weights: Weights, block: str, layers: range, states: States) -> States:
     """The states (tokens, or latents counted by chunk) after the given layers of a block; nothing in, nothing out."""
+    run_layer = run_neox_layer if config.layer_family == "gpt_neox" else run_llama_layer
     for layer in layers:
         states = run_layer(config, weights, f"{block}.{layer}", states)
     return states
 
 
-def run_layer(config, weights: Weights, name: str, states: States) -> States:
+def run_neox_layer(config, weights: Weights, name: str, states: States) -> States:
     """Parallel: y = x + attn(ln1 x) + mlp(ln2 x). Sequential: the MLP reads x + attn(ln1 x) instead."""
-    attended = attend(
-        config,
-        weights,
-        f"{name}.attention",
-        [layer_norm(config, weights, f"{name}.input_layernorm", state) for state in states],
-    )
+    normed = [norm(config, weights, f"{name}.input_layernorm", state) for state in states]
+    queries, keys, values = project_fused(config, weights, f"{name}.attention.query_key_value", normed)
+    attended = attend(config, queries, keys, values)
     outputs = []
-    for state, attention in zip(states, attended, strict=True):
+    for state, heads in zip(states, attended, strict=True):
+        attention = linear(weights, f"{name}.attention.dense", heads, bias=config.attention_bias)
         mlp_input = state if config.use_parallel_residual else state + attention
-        normed = layer_norm(config, weights, f"{name}.post_attention_layernorm", mlp_input)
+        normed = norm(config, weights, f"{name}.post_attention_layernorm", mlp_input)
         inner = ACT2FN[config.hidden_act](linear(weights, f"{name}.mlp.dense_h_to_4h", normed))
         outputs.append(state + attention + linear(weights, f"{name}.mlp.dense_4h_to_h", inner))
     return outputs
 
 
-def attend(config, weights: Weights, name: str, states: States) -> States:
-    """Causal softmax attention with rotary positions 0, 1, ...; the fused weight holds q, k, v head by head."""
-    head_size = config.hidden_size // config.num_attention_heads
-    angles = rotary_angles(config, len(states))
-    queries, keys, values = [], [], []  # one (H, head_size) per position
-    for position, state in enumerate(states):
-        fused = linear(weights, f"{name}.query_key_value", state, bias=config.attention_bias)
-        query, key, value = fused.view(config.num_attention_heads, 3 * head_size).split(head_size, dim=-1)
-        queries.append(rotate(query, *angles[position]))
-        keys.append(rotate(key, *angles[position]))
-        values.append(value)
+def run_llama_layer(config, weights: Weights, name: str, states: States) -> States:
+    """Llama and Qwen3: y = x + attn(n1 x), then y + W_down(act(W_gate n2 y) * W_up n2 y)."""
+    normed = [norm(config, weights, f"{name}.input_layernorm", state) for state in states]
+    queries, keys, values = project_apart(config, weights, f"{name}.self_attn", normed)
+    attended = attend(config, queries, keys, values)
+    bias = config.layer_family == "llama" and config.mlp_bias
+    outputs = []
+    for state, heads in zip(states, attended, strict=True):
+        state = state + linear(weights, f"{name}.self_attn.o_proj", heads, bias=config.attention_bias)
+        normed = norm(config, weights, f"{name}.post_attention_layernorm", state)
+        gate = ACT2FN[config.hidden_act](linear(weights, f"{name}.mlp.gate_proj", normed, bias=bias))
+        inner = gate * linear(weights, f"{name}.mlp.up_proj", normed, bias=bias)
+        outputs.append(state + linear(weights, f"{name}.mlp.down_proj", inner, bias=bias))
+    return outputs
 
+
+def project_fused(config, weights: Weights, name: str, states: States) -> tuple[States, States, States]:
+    """Queries, keys and values, (H, E) per state; the fused weight holds q, k, v head by head."""
+    head_size = size_of_head(config)
+    queries, keys, values = [], [], []
+    for state in states:
+        fused = linear(weights, name, state, bias=config.attention_bias)
+        query, key, value = fused.view(config.num_attention_heads, 3 * head_size).split(head_size, dim=-1)
+        queries.append(query)
+        keys.append(key)
+        values.append(value)
+    return queries, keys, values
+
+
+def project_apart(config, weights: Weights, name: str, states: States) -> tuple[States, States, States]:
+    """Queries (H, E), keys and values (J, E) per state; Qwen3 norms each head of queries and keys."""
+    queries, keys, values = [], [], []
+    for state in states:
+        query, key, value = (
+            linear(weights, f"{name}.{kind}_proj", state, bias=config.attention_bias).view(-1, size_of_head(config))
+            for kind in ("q", "k", "v")
+        )
+        if config.layer_family == "qwen3":
+            query = torch.stack([rms_norm(config, weights, f"{name}.q_norm", head) for head in query])
+            key = torch.stack([rms_norm(config, weights, f"{name}.k_norm", head) for head in key])
+        queries.append(query)
+        keys.append(key)
+        values.append(value)
+    return queries, keys, values
+
+
+def attend(config, queries: States, keys: States, values: States) -> States:
+    """Causal softmax attention with rotary positions 0, 1, ...: the joined heads (H * E,) of each state.
+
+    Grouped queries: H / J heads of queries in a row read one head of keys and values.
+    """
+    angles = rotary_angles(config, len(queries))
+    queries = [rotate(query, *angle) for query, angle in zip(queries, angles, strict=True)]
+    keys = [rotate(key, *angle) for key, angle in zip(keys, angles, strict=True)]
     outputs = []
     for position, query in enumerate(queries):
         seen_keys, seen_values = torch.stack(keys[: position + 1]), torch.stack(values[: position + 1])
         heads = []
         for head in range(config.num_attention_heads):
-            scores = seen_keys[:, head] @ query[head] / math.sqrt(head_size)
-            heads.append(scores.softmax(dim=-1) @ seen_values[:, head])
-        outputs.append(linear(weights, f"{name}.dense", torch.cat(heads), bias=config.attention_bias))
+            read = head * seen_keys.shape[1] // config.num_attention_heads
+            scores = seen_keys[:, read] @ query[head] / math.sqrt(size_of_head(config))
+            heads.append(scores.softmax(dim=-1) @ seen_values[:, read])
+        outputs.append(torch.cat(heads))
     return outputs
+
+
+def size_of_head(config) -> int:
+    """E, which GPT-NeoX cannot choose."""
+    own = None if config.layer_family == "gpt_neox" else config.head_dim
+    return own or config.hidden_size // config.num_attention_heads
 
 
 def rotary_angles(config, length: int) -> list[tuple[Tensor, Tensor]]:
     """
     Cosines and sines (rotary_dims / 2,) of every position. The library computes them in float32 whatever the dtype of
-    the model; so does this, in one table, for equality far below the 1e-7 that float32 would leave.
+    the model; so does this, in one table and with the library's order of operations, for equality far below the 1e-7
+    that float32 would leave. YaRN makes the angles' vectors longer.
     """
     rope = config.rope_parameters
-    head_size = config.hidden_size // config.num_attention_heads
-    rotary_dims = int(head_size * rope.get("partial_rotary_factor", 1.0))
-    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary_dims, 2, dtype=torch.float32) / rotary_dims))
+    rotary_dims = int(size_of_head(config) * rope.get("partial_rotary_factor", 1.0))
+    wavelengths = rope["rope_theta"] ** (torch.arange(0, rotary_dims, 2, dtype=torch.float32) / rotary_dims)
+    frequencies = 1.0 / wavelengths  # of wavelengths in units of 2 pi tokens
+    length_of_vectors = 1.0
     if rope["rope_type"] == "linear":
         frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "yarn":
+        slow = yarn_share_of_slow(rope, rotary_dims)
+        frequencies = 1.0 / (rope["factor"] * wavelengths) * slow + frequencies * (1 - slow)
+        length_of_vectors = 0.1 * math.log(rope["factor"]) + 1.0
+    elif rope["rope_type"] == "llama3":
+        frequencies = torch.stack([llama3_frequency(rope, frequency) for frequency in frequencies])
     elif rope["rope_type"] != "default":
-        raise ValueError(f"`rope_type` must be default or linear in the reference, but got {rope['rope_type']!r}.")
+        raise ValueError(f"`rope_type` must be one that the reference knows, but got {rope['rope_type']!r}.")
     table = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-    return list(zip(table.cos().double(), table.sin().double(), strict=True))
+    cosines, sines = table.cos() * length_of_vectors, table.sin() * length_of_vectors
+    return list(zip(cosines.double(), sines.double(), strict=True))
+
+
+def yarn_share_of_slow(rope: dict, rotary_dims: int) -> Tensor:
+    """YaRN: how far each frequency is slowed by the factor: 0 for those that turn often in the original length."""
+
+    def index_that_turns(turns: float) -> float:
+        original = rope["original_max_position_embeddings"]
+        return rotary_dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    first = max(math.floor(index_that_turns(rope.get("beta_fast", 32))), 0)
+    last = min(math.ceil(index_that_turns(rope.get("beta_slow", 1))), rotary_dims - 1)
+    last = last + 0.001 if first == last else last
+    index = torch.arange(rotary_dims // 2, dtype=torch.float32)
+    return 1 - (1 - ((index - first) / (last - first)).clamp(0, 1))
+
+
+def llama3_frequency(rope: dict, frequency: Tensor) -> Tensor:
+    """Llama 3: short waves stay, long ones are slowed by the factor, and those between are mixed."""
+    original, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    waves = original / (2 * math.pi / frequency)  # in the original length
+    if waves < low:
+        return frequency / rope["factor"]
+    if waves > high:
+        return frequency
+    share = (waves - low) / (high - low)
+    return (1 - share) * frequency / rope["factor"] + share * frequency
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Each head of (H, head_size): dims i and i + rotary_dims / 2 turn together, those after rotary_dims stay."""
+    """Each head of (H, E): dims i and i + rotary_dims / 2 turn together, those after rotary_dims stay."""
     half = len(cosine)
     first, second, rest = heads[:, :half], heads[:, half : 2 * half], heads[:, 2 * half :]
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
+
+
+def norm(config, weights: Weights, name: str, state: State) -> State:
+    """The norm of one state that the configuration asks for."""
+    return (layer_norm if config.norm == "layer_norm" else rms_norm)(config, weights, name, state)
 
 
 def layer_norm(config, weights: Weights, name: str, state: State) -> State:
@@ -225,6 +315,11 @@ def layer_norm(config, weights: Weights, name: str, state: State) -> State:
     centred = state - state.mean()
     normed = centred / torch.sqrt(centred.square().mean() + config.layer_norm_eps)
     return normed * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def rms_norm(config, weights: Weights, name: str, state: State) -> State:
+    """RMSNorm of one state, or of one head, with a weight."""
+    return state / torch.sqrt(state.square().mean() + config.rms_norm_eps) * weights[f"{name}.weight"]
 
 
 def linear(weights: Weights, name: str, state: State, bias: bool = True) -> Tensor:

@@ -1,6 +1,6 @@
 """Run by test_releases.py under one release of transformers each: saves a checkpoint, or pulls it without the package.
 
-python release_checkpoint.py save|pull folder
+python release_checkpoint.py save|pull folder [family of layers]
 """
 
 import sys
@@ -25,9 +25,12 @@ REMOTE = {"trust_remote_code": True}
 
 def save() -> None:
     """Saves a model, and what it says without a cache."""
-    from support import small_model
+    from support import large_weights, small_config
 
-    model = small_model()
+    from modeling_spiralformer import SpiralFormerForCausalLM
+
+    family = sys.argv[3] if len(sys.argv) > 3 else "gpt_neox"
+    model = large_weights(SpiralFormerForCausalLM(small_config(layer_family=family))).double().eval()
     model.save_pretrained(FOLDER)
     logits = model(IDS, MASK, use_cache=False).logits.detach()
     tokens = model.generate(IDS, attention_mask=MASK, use_cache=False, **SEARCH)

@@ -11,7 +11,20 @@ import typing
 import peft
 import pytest
 import torch
-from adapter_cases import LAYERS, LORA, PROMPTS, REFUSED, TOKEN_LAYERS, TUNERS, Case, activated, lora, text, x_lora
+from adapter_cases import (
+    LAYERS,
+    LORA,
+    OF_FAMILIES,
+    PROMPTS,
+    REFUSED,
+    TOKEN_LAYERS,
+    TUNERS,
+    Case,
+    activated,
+    lora,
+    text,
+    x_lora,
+)
 from documents import ROOT
 from peft import PeftModel
 from support import large_weights, pad_rows, random_ids, small_model
@@ -33,7 +46,7 @@ def adapted(case: Case, **options) -> PeftModel:
     torch.manual_seed(0)
     if case.config is not None and getattr(case.config, "ensure_weight_tying", False):
         options["tie_word_embeddings"] = True
-    model = case.wrap(base_model(**options))
+    model = case.wrap(base_model(**case.model, **options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,7 +63,7 @@ def logits_of(model, case: Case) -> torch.Tensor:
 @torch.no_grad()
 def cached_logits(model, case: Case) -> torch.Tensor:
     """A prefill, a call of several tokens, and single steps."""
-    cache, cuts = DynamicCache(config=base_model().config), [0, 4, 7, *range(8, 15)]
+    cache, cuts = DynamicCache(config=base_model(**case.model).config), [0, 4, 7, *range(8, 15)]
     steps = [
         model(IDS[:, start:end], attention_mask=MASK[:, :end], past_key_values=cache, **case.given).logits
         for start, end in zip(cuts, cuts[1:], strict=False)
@@ -80,28 +93,30 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, case: Case) -> None
     assert difference < case.tolerance, difference
 
 
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", [*WORKS, *OF_FAMILIES])
 def test_one_function_however_it_is_run(name, tmp_path):
-    case = WORKS[name]
+    case = (WORKS | OF_FAMILIES)[name]
     model = adapted(case)
     expected = logits_of(model, case)
     with torch.no_grad():
-        plain = base_model(torch.float64)(IDS, attention_mask=MASK).logits
+        plain = base_model(torch.float64, **case.model)(IDS, attention_mask=MASK).logits
     assert (expected - plain)[REAL].abs().max() > 1e-4
     assert_same(cached_logits(model, case), expected, case)
     assert_same(logits_alone(model, case), expected, case)
     if case.reloads:
         model.save_pretrained(tmp_path)
         options = {"tie_word_embeddings": True} if name == "`ensure_weight_tying`" else {}
-        loaded = PeftModel.from_pretrained(base_model(**options), tmp_path).to(case.dtype).eval()
+        loaded = PeftModel.from_pretrained(base_model(**case.model, **options), tmp_path).to(case.dtype).eval()
         assert_same(logits_of(loaded, case), expected, case)
     if case.merges:
         assert_same(logits_of(model.merge_and_unload(), case), expected, case)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKS if name != "`arrow_config`"])  # which trains nothing
+@pytest.mark.parametrize(
+    "name", [name for name in (*WORKS, *OF_FAMILIES) if name != "`arrow_config`"]
+)  # trains nothing
 def test_gradients_reach_it_with_and_without_checkpointing(name):
-    case = WORKS[name]
+    case = (WORKS | OF_FAMILIES)[name]
     found = gradients(adapted(case), case)
     assert found and all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
     core = {key: gradient for key, gradient in found.items() if ".core." in key and gradient.numel()}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from support import pad_rows, random_ids, small_config, small_model
+from support import make_exact, pad_rows, random_ids, small_config, small_model
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
@@ -36,7 +36,7 @@ def test_an_empty_schedule_is_the_library_model():
         name.replace("prelude.0", "layers.0").replace("coda.0", "layers.1"): weight
         for name, weight in model.state_dict().items()
     }
-    theirs.double().eval().load_state_dict(weights)
+    make_exact(theirs).eval().load_state_dict(weights)
     ids = random_ids(2, 19)
     with torch.no_grad():
         assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-9

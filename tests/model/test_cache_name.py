@@ -29,7 +29,11 @@ def filled(model, ids) -> DynamicCache:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{}, {"chunk_sizes": [], "num_core_layers": 0}], ids=["loop", "no loop"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_sizes": [], "num_core_layers": 0}, {"layer_family": "llama"}, {"layer_family": "qwen3"}],
+    ids=["loop", "no loop", "llama", "qwen3"],
+)
 def test_forward(name, options):
     model, ids = small_model(**options), random_ids(2, 19)
     expected = model(ids, use_cache=False).logits[:, 11:]

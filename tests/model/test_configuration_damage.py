@@ -26,6 +26,15 @@ OPTIONS = {
     **{"use_cache": False, "num_labels": 3, "dtype": "float64"},
     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
 }
+# What the other families have in place of GPT-NeoX's fields.
+FAMILIES = {
+    "gpt_neox": OPTIONS,
+    "qwen3": {
+        name: value for name, value in OPTIONS.items() if not name.startswith(("use_par", "layer_norm", "hidden_d"))
+    }
+    | {"layer_family": "qwen3", "rms_norm_eps": 1e-3, "attention_bias": True, "num_key_value_heads": 1, "head_dim": 10}
+    | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
+}
 # Fields that are not in every saved configuration, and do not change what a model computes.
 NOT_ALWAYS_WRITTEN = ("architectures", "dtype", "transformers_version")
 
@@ -123,8 +132,9 @@ def holds(config: SpiralFormerConfig, stored: dict, field: str) -> bool:
     return json.dumps(found) == json.dumps(stored.get(field))
 
 
-def test_every_damage_is_named_or_is_what_the_file_says(tmp_path):
-    stored = saved(tmp_path, **OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_damage_is_named_or_is_what_the_file_says(family, tmp_path):
+    stored = saved(tmp_path, **FAMILIES[family])
     whole = AutoConfig.from_pretrained(tmp_path).to_dict()
     silent, count = [], 0
     for path, damage, broken in damages(stored):
@@ -153,7 +163,13 @@ def test_commands_refuse_a_damaged_configuration(field, damage, tmp_path):
 
 
 def test_what_is_saved_or_committed_says_nothing(tmp_path):
-    for options in ({}, OPTIONS, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, {"num_labels": 1}):
+    for options in (
+        {},
+        *FAMILIES.values(),
+        {"layer_family": "llama"},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        {"num_labels": 1},
+    ):
         config, said = load(tmp_path, saved(tmp_path, **options))
         assert config is not None and said == "", options
     for folder in Path("configuration").iterdir():

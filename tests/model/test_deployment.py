@@ -13,17 +13,25 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TorchAoConfig
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A float32 model with large random weights, and the folder that holds it."""
-    model = small_model(dtype=torch.float32, **WIDE)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return model, folder
+def saved_by_family(tmp_path_factory):
+    """Of each family a float32 model with large random weights, and the folder that holds it."""
+    found = {}
+    for family in FAMILIES:
+        model = small_model(dtype=torch.float32, layer_family=family, **WIDE)
+        found[family] = model, tmp_path_factory.mktemp(family)
+        model.save_pretrained(found[family][1])
+    return found
+
+
+@pytest.fixture
+def saved(saved_by_family):
+    return saved_by_family["gpt_neox"]
 
 
 def padded_batch() -> dict[str, torch.Tensor]:
@@ -41,9 +49,10 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.01), ("float32", 1e-5)])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_dtype_runs_and_stays_near_float32(saved, dtype, tolerance):
-    reference, folder = saved
+def test_every_dtype_runs_and_stays_near_float32(saved_by_family, family, dtype, tolerance):
+    reference, folder = saved_by_family[family]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     expected_dtype = getattr(torch, dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected_dtype}
@@ -66,14 +75,16 @@ def test_every_dtype_runs_and_stays_near_float32(saved, dtype, tolerance):
 # -- int8 weights -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
 @torch.no_grad()
-def test_int8_weights_generate_and_survive_saving(saved, tmp_path):
-    reference, folder = saved
+def test_int8_weights_generate_and_survive_saving(saved_by_family, family, tmp_path):
+    reference, folder = saved_by_family[family]
     config = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     quantised = {name for name in linear if isinstance(model.get_submodule(name).weight, Int8Tensor)}
-    assert linear - quantised == {"lm_head"} and len(quantised) == 4 * 4 + 2 * 2 + 4 * 2
+    in_a_layer, output = (4, "dense_4h_to_h") if family == "gpt_neox" else (7, "down_proj")
+    assert linear - quantised == {"lm_head"} and len(quantised) == 4 * in_a_layer + 2 * 2 + 4 * 2
     batch = padded_batch()
     logits, expected = model(**batch, use_cache=False).logits, reference(**batch, use_cache=False).logits
     assert 0 < relative_error(logits, expected, batch["attention_mask"]) < 0.1
@@ -84,7 +95,7 @@ def test_int8_weights_generate_and_survive_saving(saved, tmp_path):
     assert (again.max(-1).values - chosen).max() < 1e-4  # the cached steps chose what the uncached forward prefers
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    weights = [module.model.core[0].mlp.dense_h_to_4h.weight for module in (model, loaded)]
+    weights = [module.model.core[0].mlp.get_submodule(output).weight for module in (model, loaded)]
     assert isinstance(weights[1], Int8Tensor) and torch.equal(*(weight.dequantize() for weight in weights))
     # Weights read from a file need not be aligned as those made here, and sums then round otherwise.
     torch.testing.assert_close(loaded(**batch, use_cache=False).logits, logits, atol=1e-5, rtol=1e-5)
@@ -96,13 +107,17 @@ def test_int8_weights_generate_and_survive_saving(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "device_map, share",
-    [("auto", None), ("cpu", None), ({"": "cpu"}, None), ("auto", 10.0), ("auto", 0.7), ("auto", 0.5), ("auto", 0.1)],
+    "device_map, share, family",
+    [
+        *(("auto", None, "gpt_neox"), ("cpu", None, "gpt_neox"), ({"": "cpu"}, None, "gpt_neox")),
+        *(("auto", share, "gpt_neox") for share in (10.0, 0.7, 0.5, 0.1)),
+        *(("auto", 0.5, "llama"), ("auto", 0.5, "qwen3")),
+    ],
 )
 @torch.no_grad()
-def test_a_device_map_sends_to_disk_what_does_not_fit(saved, device_map, share):
+def test_a_device_map_sends_to_disk_what_does_not_fit(saved_by_family, device_map, share, family):
     """`share` of the model's size is what the CPU may hold; a map by hand is taken as it is."""
-    reference, folder = saved
+    reference, folder = saved_by_family[family]
     size = sum(parameter.numel() * 4 for parameter in reference.parameters())
     memory = {} if share is None else {"max_memory": {"cpu": int(size * share)}}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, **memory)
@@ -142,6 +157,7 @@ CONFIGURATIONS = {
         **{"chunk_sizes": [2, 3], "chunk_offsets": [0, 2], "causal_shifts": [3, 2], "num_core_layers": 1},
         **{"num_coda_layers": 0, "topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},
     },
+    "qwen3": {"chunk_sizes": [2], "num_core_layers": 1, "num_coda_layers": 0, "layer_family": "qwen3"},
 }
 
 

@@ -14,6 +14,8 @@ MODELS = {
     "neither scaling learned": {"chunk_sizes": [5, 3], "down_scaling": "mean", "up_scaling": "broadcast"},
     "no token layers": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+    "llama": {"chunk_sizes": [5, 3], "layer_family": "llama"},
+    "qwen3": {"chunk_sizes": [4, 1], "layer_family": "qwen3", "norm": "layer_norm"},
 }
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 

@@ -26,6 +26,7 @@ RUNS = {
     "own": (OWN_CORES, {"side": "left"}),
     "shared, replayed": ({}, {"gradient_checkpointing": True, "side": "left"}),
     "own, replayed and accumulated": (OWN_CORES, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    "qwen3, replayed": ({"layer_family": "qwen3"}, {"gradient_checkpointing": True}),
     "own, drawn": (OWN_CORES, {"schedules": ["4,2,1", "4", "2,1"]}),
 }
 STRATEGIES = [("ddp", name) for name in RUNS] + [("fsdp", name) for name in RUNS if "drawn" not in name]  # is refused

@@ -10,6 +10,8 @@ SCHEDULES = {
     "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
     "small cache": {"chunk_sizes": [8, 4, 2], "down_scaling": "mean", "share_core": False},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+    "llama": {"layer_family": "llama", "chunk_sizes": [6, 1], "num_core_layers": 1},
+    "qwen3": {"layer_family": "qwen3", "chunk_sizes": [4, 3], "num_core_layers": 1, "topology": "residual"},
 }
 schedule = pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES.keys())
 

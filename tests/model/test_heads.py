@@ -38,6 +38,11 @@ TOKENS = random_ids(8, LENGTH)
 # Per case: the head, its labels for row i, and options. Counts of labels differ from part to part.
 CASES = {
     "causal": (SpiralFormerForCausalLM, lambda i: {"labels": ignored_after(TOKENS[i], 3 + 2 * i)}, {}),
+    "causal, llama": (
+        SpiralFormerForCausalLM,
+        lambda i: {"labels": ignored_after(TOKENS[i], 3 + 2 * i)},
+        {"layer_family": "llama"},
+    ),
     "one of three": (SpiralFormerForSequenceClassification, lambda i: {"labels": torch.tensor(i % 3)}, {}),
     "some without": (
         SpiralFormerForSequenceClassification,

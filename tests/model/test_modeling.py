@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_logits
 from support import large_weights, model_options, pad_rows, random_ids, small_config, small_model
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import DynamicCache
 
 from modeling_spiralformer import (
     SpiralFormerForCausalLM,
@@ -30,6 +30,8 @@ VARIETY = {
     "parallel shift": {"causal_shifts": [4, 2, 1]},
     "sequential": {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+    "llama": {"layer_family": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"layer_family": "qwen3", "chunk_sizes": [5, 1], "share_core": False, "norm": "layer_norm"},
 }
 variety = pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY.keys())
 
@@ -51,26 +53,6 @@ def test_agrees_with_the_reference(options, length, seed):
     assert (logits_of(model, ids)[0] - expected).abs().max() < 1e-9
     model.set_attn_implementation("eager")
     assert (logits_of(model, ids)[0] - expected).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_empty_schedule_is_gpt_neox(parallel):
-    options = {"chunk_sizes": [], "num_core_layers": 0, "num_prelude_layers": 2, "scale_embeddings": False}
-    ours = small_model(use_parallel_residual=parallel, **options)
-    config = GPTNeoXConfig(
-        **{name: getattr(ours.config, name) for name in GPTNeoXConfig().to_dict() if hasattr(ours.config, name)}
-        | {"num_hidden_layers": ours.config.num_hidden_layers}
-    )
-    theirs = GPTNeoXForCausalLM(config).double().eval()
-    rename = {"model.embed_tokens": "gpt_neox.embed_in", "model.norm": "gpt_neox.final_layer_norm"}
-    rename |= {f"model.prelude.{i}": f"gpt_neox.layers.{i}" for i in range(2)} | {"model.coda.0": "gpt_neox.layers.2"}
-    state = {}
-    for name, weight in ours.state_dict().items():
-        prefix = next((old for old in rename if name.startswith(f"{old}.")), None)
-        state[name if prefix is None else name.replace(prefix, rename[prefix])] = weight
-    theirs.load_state_dict(state)
-    ids = random_ids(2, 19)
-    assert torch.equal(logits_of(ours, ids), logits_of(theirs, ids))
 
 
 @variety
@@ -319,10 +301,11 @@ def test_bfloat16_is_finite_and_close(options):
     assert all(parameter.grad.isfinite().all() for parameter in half.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiles_whole_forward_and_backward(padded):
+@pytest.mark.parametrize(("padded", "family"), [(False, "gpt_neox"), (True, "gpt_neox"), (True, "qwen3")])
+def test_compiles_whole_forward_and_backward(padded, family):
     torch._dynamo.reset()
-    model = small_model(dtype=torch.float32, num_core_layers=1, chunk_sizes=[4, 1]).train()
+    options = {"num_core_layers": 1, "chunk_sizes": [4, 1], "layer_family": family}
+    model = small_model(dtype=torch.float32, **options).train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     ids, mask = pad_rows([random_ids(1, n)[0] for n in (21, 13)], "left") if padded else (random_ids(2, 21), None)
     losses = []
@@ -374,11 +357,17 @@ def test_hidden_states_start_with_the_embeddings_without_a_prelude():
 
 
 @pytest.mark.parametrize(
-    "head",
-    [SpiralFormerForSequenceClassification, SpiralFormerForTokenClassification, SpiralFormerForQuestionAnswering],
+    ("head", "family"),
+    [
+        (SpiralFormerForSequenceClassification, "gpt_neox"),
+        (SpiralFormerForTokenClassification, "gpt_neox"),
+        (SpiralFormerForQuestionAnswering, "gpt_neox"),
+        (SpiralFormerForSequenceClassification, "llama"),
+        (SpiralFormerForTokenClassification, "qwen3"),
+    ],
 )
-def test_task_heads(head, tmp_path):
-    model = large_weights(head(small_config(num_labels=3))).eval()
+def test_task_heads(head, family, tmp_path):
+    model = large_weights(head(small_config(num_labels=3, layer_family=family))).eval()
     ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 5, seed=1)[0]], "left")
     ids[mask == 0] = 0
     one = {
@@ -391,7 +380,7 @@ def test_task_heads(head, tmp_path):
     }[head]
     outputs = model(ids, attention_mask=mask, **one)
     outputs.loss.backward()
-    assert model.model.core[0].attention.dense.weight.grad.abs().max() > 0
+    assert all(weight.grad.abs().max() > 0 for weight in model.model.core[0].parameters())
     model.save_pretrained(tmp_path)
     again = head.from_pretrained(tmp_path).eval()(ids, attention_mask=mask, **one)
     assert torch.allclose(outputs.loss, again.loss, atol=1e-6)

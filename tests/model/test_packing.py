@@ -164,12 +164,18 @@ def test_batches_of_real_collators(collate, implementation):
     assert abs(loss - loss_alone(model, texts)) < (1e-9 if implementation == "sdpa" else 1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None}])
-def test_sft_trainer(settings, tmp_path):
+PACKED, PADDING_FREE = {"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [(PACKED, "gpt_neox"), (PADDING_FREE, "gpt_neox"), (PACKED, "llama"), (PADDING_FREE, "qwen3")],
+)
+def test_sft_trainer(settings, family, tmp_path):
     from transformers import AutoTokenizer
 
     texts = texts_of([9, 4, 17, 13, 2, 21])
-    model = small_model(dtype=torch.float32).train()
+    model = small_model(dtype=torch.float32, layer_family=family).train()
     expected = loss_alone(model, texts)
     arguments = SFTConfig(
         output_dir=str(tmp_path),

@@ -14,11 +14,18 @@ needs_oldest = pytest.mark.skipif(
 @needs_oldest
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "saver, puller", [(sys.executable, OLDEST_PYTHON), (OLDEST_PYTHON, sys.executable)], ids=["old", "new"]
+    "saver, puller, family",
+    [
+        (sys.executable, OLDEST_PYTHON, "gpt_neox"),
+        (OLDEST_PYTHON, sys.executable, "gpt_neox"),
+        (sys.executable, OLDEST_PYTHON, "qwen3"),
+        (OLDEST_PYTHON, sys.executable, "llama"),
+    ],
+    ids=["old", "new", "old, qwen3", "new, llama"],
 )
-def test_saved_by_one_release_and_pulled_by_the_other(saver, puller, tmp_path):
+def test_saved_by_one_release_and_pulled_by_the_other(saver, puller, family, tmp_path):
     command = [str(ROOT / "tests" / "helpers" / "release_checkpoint.py")]
     folder, home = tmp_path / "checkpoint", {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    saved = run([str(saver), *command, "save", str(folder)], tmp_path, **home)
+    saved = run([str(saver), *command, "save", str(folder), family], tmp_path, **home)
     pulled = run([str(puller), *command, "pull", str(folder)], tmp_path, **home)
     assert saved.startswith("save 5.") and pulled.startswith("pull 5.")

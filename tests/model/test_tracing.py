@@ -9,8 +9,10 @@ OPTIONS = [
     {"chunk_sizes": [5, 3, 1]},
     {"chunk_sizes": [8, 4, 2, 1], "topology": "anchor"},
     {"chunk_sizes": [], "num_core_layers": 0},
+    {"chunk_sizes": [5, 1], "layer_family": "llama"},
+    {"chunk_sizes": [3], "layer_family": "qwen3"},
 ]
-schedule = pytest.mark.parametrize("options", OPTIONS, ids=["loop", "powers of two", "no loop"])
+schedule = pytest.mark.parametrize("options", OPTIONS, ids=["loop", "powers of two", "no loop", "llama", "qwen3"])
 
 
 class Logits(torch.nn.Module):

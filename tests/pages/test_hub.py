@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import modeling_spiralformer as package
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
 from push import PushArguments
 from workshop import hub as hub_module
@@ -106,11 +107,16 @@ def test_folders_load_where_the_package_is_not_installed(tmp_path):
         Trainer(model, settings, processing_class=tokenizer).save_model()
         with torch.no_grad():
             expected[name] = expected[f"{name}_by_Trainer"] = model(ids)[0]
+    for family in FAMILIES:
+        model = small_model(dtype=torch.float32, layer_family=family)
+        model.save_pretrained(tmp_path / f"AutoModelForCausalLM_{family}")
+        with torch.no_grad():
+            expected[f"AutoModelForCausalLM_{family}"] = model(ids)[0]
     small_config().save_pretrained(tmp_path / "config")
     torch.save(expected, tmp_path / "expected.pt")
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "folder_pull.py"), str(tmp_path)]
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    assert "loaded 10" in run(command, tmp_path, **environment)
+    assert "loaded 13" in run(command, tmp_path, **environment)
 
 
 @pytest.mark.processes
