@@ -69,10 +69,10 @@ class Curve(TrainerCallback):
         self.path, self.stage = path, stage
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        points = json.loads(self.path.read_text()) if self.path.exists() else []
+        points = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
         point = [self.stage, state.global_step, round(metrics["eval_loss"], 4)]
         if point[:2] not in [old[:2] for old in points]:
-            self.path.write_text(json.dumps([*points, point]))
+            self.path.write_text(json.dumps([*points, point]), encoding="utf-8")
             print(f"{self.path}: {self.stage}, step {point[1]}: held-out loss {point[2]:.3f}", flush=True)
 
 
@@ -143,5 +143,5 @@ if arguments.source is not None:
     folders["source"] = folders["converted"] / "source"
     uptrain(arguments.source, folders["source"])
 for name, folder in folders.items():
-    losses = [loss for _, _, loss in json.loads((folder / "curve.json").read_text())]
+    losses = [loss for _, _, loss in json.loads((folder / "curve.json").read_text(encoding="utf-8"))]
     print(f"held-out loss: {name} {losses[0]:.3f}, after training {losses[-1]:.3f}")
