@@ -339,7 +339,7 @@ def test_engines_are_told_that_the_model_is_no_back_end(model_class):
     for flag in ("_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
         assert getattr(model_class, flag) is False
     model = model_class(small_config())
-    assert not model.supports_tp_plan and not model.supports_pp_plan
+    assert not model.supports_pp_plan
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
