@@ -65,6 +65,7 @@ def view_config(config: SpiralFormerConfig, iterations: list[int]) -> SpiralForm
         ("causal_shifts", config.resolved_causal_shifts),
     ):
         setattr(chosen, field, [values[iteration] for iteration in iterations])
+    # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without slots.
     if config.topology == "mesh":
         chosen.num_memory_slots = config.resolved_num_memory_slots
     chosen.validate()
@@ -105,6 +106,7 @@ def _share_body(view: Any, body: Any, iterations: list[int]) -> None:
     layers = list(dict.fromkeys(layers))  # each iteration has its own, or all have the same
     _share(view, view.core, body.core, {str(own): str(index) for own, index in enumerate(layers)})
     _share(view, view.resolutions, body.resolutions, {str(own): str(t) for own, t in enumerate(iterations)})
+    # CODEPATH: *-mesh-* have routers, *-anchor-* a recurrence without parameters.
     if view.config.topology == "mesh":
         cycles = [0, *(t + 1 for t in iterations)]
         for kind in ("write", "read"):

@@ -1,5 +1,7 @@
 """The memory of a cache beside that of full-resolution models of equal depth, and its picture."""
 
+import dataclasses
+
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.plotting import new_figure, plt, save
 
@@ -8,7 +10,7 @@ MEBIBYTE = 2**20
 
 def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
     """The looped and the plain model that call attention as often, every time on all tokens."""
-    fields = {name: value for name, value in config.to_dict().items() if name in SpiralFormerConfig().to_dict()}
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(SpiralFormerConfig)}
     fields |= {"chunk_offsets": None, "causal_shifts": None}
     looped = {"chunk_sizes": [1] * config.num_iterations}
     plain = {"num_prelude_layers": config.num_hidden_layers, "num_core_layers": 0, "num_coda_layers": 0}

@@ -22,7 +22,11 @@ from workshop.files import ROOT
 
 PACKAGE = ROOT / "modeling_spiralformer"
 LIBRARY = Path(transformers.__file__).parent
-CONFIGURATION, MODELING, MODULAR = (f"{kind}_spiralformer" for kind in ("configuration", "modeling", "modular"))
+CONFIGURATION, LAYERS, MODELING, MODULAR = (
+    f"{kind}_spiralformer" for kind in ("configuration", "layers", "modeling", "modular")
+)
+# The file of the configuration there: with it goes what its fields are read from.
+CONFIGURATION_FILES = (LAYERS, CONFIGURATION)
 LINTER = [sys.executable, "-m", "mlinter", "--no-progress", "--no-cache", "--enable-all-trf-rules"]
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
@@ -51,6 +55,7 @@ REWORDED = {
         ('f"spiralformer_latent_attention_{VERSION}"', '"spiralformer_latent_attention"', 1),
         ("keys_to_ignore_at_inference = [CACHE_NAME]", 'keys_to_ignore_at_inference = ["cache"]', 1),
     ),
+    LAYERS: (("cache_argument: str = CACHE_NAME", 'cache_argument: str = "cache"', 1),),
     MODELING: (
         (
             "(\n    SpiralFormerHead, GenericForSequenceClassification, SpiralFormerPreTrainedModel\n)",
@@ -237,9 +242,8 @@ def meanings(modules: list[Module], used: set[str]) -> dict[str, tuple[str, str 
     known: dict[str, tuple[str, str | None]] = {}
     for module in modules:
         defined = [name for statement, _ in module.statements for name in names_of(statement)]
-        foreign = {
-            name: (f".{CONFIGURATION}", name) for name, file in module.siblings.items() if file == CONFIGURATION
-        }
+        elsewhere = set(CONFIGURATION_FILES) - {other.name for other in modules}
+        foreign = {name: (f".{CONFIGURATION}", name) for name, file in module.siblings.items() if file in elsewhere}
         own = {name: (module.name, name) for name in defined}
         for name, origin in [*module.imports.items(), *foreign.items(), *own.items()]:
             if known.setdefault(name, origin) != origin:
@@ -286,13 +290,13 @@ def assemble(output: str | Path, package: Path = PACKAGE) -> Path:
     if len({module.license for module in modules.values()}) != 1:
         raise ValueError("All files of the package must begin with the same licence.")
     graph = {stem: sorted(set(module.siblings.values())) for stem, module in modules.items()}
-    order = [stem for stem in TopologicalSorter(graph).static_order() if stem != CONFIGURATION]
+    order = [stem for stem in TopologicalSorter(graph).static_order() if stem not in CONFIGURATION_FILES]
     if order[-1] != MODELING:
         raise ValueError(f"{MODELING} must import every other file, but {order[-1]} comes last.")
     configuration = modules[CONFIGURATION]
     files = {
         "__init__.py": configuration.license + INIT,
-        f"{CONFIGURATION}.py": join([configuration], configuration.exported),
+        f"{CONFIGURATION}.py": join([modules[stem] for stem in CONFIGURATION_FILES], configuration.exported),
         f"{MODULAR}.py": join([modules[stem] for stem in order], modules[MODELING].exported),
     }
     folder = Path(output) / "models" / "spiralformer"

@@ -20,7 +20,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling_spiralformer import SpiralFormerForCausalLM
-from workshop.elastic import ElasticTrainer
 
 STEPS = 20
 ROWS_PER_STEP = 4
@@ -78,7 +77,12 @@ def train(
         "dataloader_pin_memory": False,
         "use_cpu": True,
     }
-    trainer = (Trainer if schedules is None else functools.partial(ElasticTrainer, schedules=schedules))(
+    trainer_class: Callable = Trainer
+    if schedules is not None:
+        from workshop.elastic import ElasticTrainer  # not where this is run as a script
+
+        trainer_class = functools.partial(ElasticTrainer, schedules=schedules)
+    trainer = trainer_class(
         network,
         TrainingArguments(**{**shared, **arguments}),
         data_collator=functools.partial(collate, side=side),

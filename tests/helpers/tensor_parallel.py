@@ -59,7 +59,7 @@ def answer(folder: str, result: str, how: dict) -> None:
     """
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(folder, **how)
+    model = support.make_exact(AutoModelForCausalLM.from_pretrained(folder, **how))
     found = answers(model.eval())
     if torch.distributed.get_rank() == 0:
         torch.save(found | {"tp_plan": model.tp_plan, "weights": own_weights(model)}, result)

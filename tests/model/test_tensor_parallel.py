@@ -33,7 +33,8 @@ def test_two_processes_answer_as_one(name, in_two):
     assert {"greedy, tokens", "beams, logits", "gradient of model.embed_tokens.weight"} < expected.keys()
     for what, value in expected.items():
         assert found[what].shape == value.shape, what
-        assert (found[what] - value).abs().max() < 1e-9, what
+        bound = 1e-6 if value.dtype == torch.float32 else 1e-9  # `generate()` returns its logits in float32
+        assert (found[what] - value).abs().max() < bound, what
 
 
 @pytest.mark.processes

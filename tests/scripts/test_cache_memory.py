@@ -15,7 +15,7 @@ from workshop.memory import equal_depth
     ("options", "width"),
     [
         ({}, 16),
-        ({"layer_family": "llama", "num_key_value_heads": 1}, 8),
+        ({"layer_family": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}, 8),
         ({"layer_family": "qwen3", "num_key_value_heads": 1, "head_dim": 12}, 12),
     ],
     ids=["gpt_neox", "llama", "qwen3"],

@@ -88,7 +88,7 @@ def test_every_definition_of_the_package_is_carried_over(printed):
     heads = {
         f"SpiralFormerFor{kind}" for kind in ("QuestionAnswering", "SequenceClassification", "TokenClassification")
     }
-    assert changed == heads | {"SpiralFormerConfig", "logger", "LATENT_LAYER_TYPE", "TOKEN_LAYER_TYPE"}
+    assert changed == heads | {"SpiralFormerConfig", "LayerFamily", "logger", "LATENT_LAYER_TYPE", "TOKEN_LAYER_TYPE"}
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     assert "auto_map" not in text and "import transformers" not in text and "from transformers" not in text
     assert len(re.findall("^# CODEPATH|    # CODEPATH", text, re.MULTILINE)) > 4
@@ -167,4 +167,4 @@ def test_a_new_file_beside_the_others_is_refused(tmp_path):
     (package / "other.py").write_text("a = 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="other.py"):
         assemble(tmp_path, package)
-    assert {"configuration_spiralformer", "modeling_spiralformer"} == set(REWORDED)
+    assert {"configuration_spiralformer", "layers_spiralformer", "modeling_spiralformer"} == set(REWORDED)
