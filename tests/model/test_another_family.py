@@ -3,21 +3,12 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from qwen2 import QWEN2
 from support import make_exact, pad_rows, random_ids, small_config, small_model
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 
-QWEN2 = LayerFamily(
-    config_class=Qwen2Config,
-    layer=Qwen2DecoderLayer,
-    attention=Qwen2Attention,
-    rotary_embedding=Qwen2RotaryEmbedding,
-    outputs=("self_attn.o_proj", "mlp.down_proj"),
-    norm="rms_norm",
-    more_fields=("head_dim",),
-)
 FIELDS = {"layer_family": "qwen2", "num_key_value_heads": 1, "rope_parameters": {"rope_theta": 500.0}}
 
 

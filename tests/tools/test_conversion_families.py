@@ -6,6 +6,7 @@ import pytest
 import torch
 from documents import ROOT
 from huggingface_hub.errors import StrictDataclassError
+from qwen2 import QWEN2
 from support import VOCAB, large_weights, pad_rows, random_ids, small_config
 from test_conversion import LAYERS, LOOP, comparable, same_state
 from transformers import (
@@ -19,12 +20,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from convert import ConversionArguments
 from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
-from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.conversion import FAMILY_OF, plain_config, spiral_config, to_plain, to_spiralformer
 
 # No field at its default, so that none can be lost unseen.
@@ -143,17 +143,7 @@ def test_every_family_can_be_a_source():
 @torch.no_grad()
 def test_another_family_needs_its_entry_alone(monkeypatch):
     """Qwen2's, as CONTRIBUTING.md says: there, and back."""
-    family = LayerFamily(
-        config_class=Qwen2Config,
-        layer=Qwen2DecoderLayer,
-        attention=Qwen2Attention,
-        rotary_embedding=Qwen2RotaryEmbedding,
-        outputs=("self_attn.o_proj", "mlp.down_proj"),
-        norm="rms_norm",
-        more_fields=("head_dim",),
-        unread_fields=("max_window_layers",),
-    )
-    monkeypatch.setitem(FAMILIES, "qwen2", family)
+    monkeypatch.setitem(FAMILIES, "qwen2", QWEN2)
     monkeypatch.setitem(FAMILY_OF, "qwen2", "qwen2")
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
     config = Qwen2Config(**sizes, num_key_value_heads=2, num_hidden_layers=LAYERS, rms_norm_eps=1e-3)
