@@ -275,10 +275,8 @@ def _start(
 
 def _local_heads(config: SpiralFormerConfig) -> int:
     """Heads of keys that this process holds: tensor parallelism deals them out."""
-    heads, processes = (
-        config.resolved_num_key_value_heads,
-        getattr(getattr(config, "distributed_config", None), "tp_size", 1),
-    )
+    heads = config.resolved_num_key_value_heads
+    processes = getattr(getattr(config, "distributed_config", None), "tp_size", 1)
     if heads % processes:
         raise ValueError(f"`tp_size` must divide the {heads} heads of keys, but got {processes}.")
     return heads // processes

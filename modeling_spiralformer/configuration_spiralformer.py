@@ -30,7 +30,7 @@ from transformers.utils import auto_docstring, logging
 from transformers.utils.type_validators import interval
 
 from .cache_name_spiralformer import CACHE_NAME
-from .layers_spiralformer import EPS_FIELDS, FAMILIES, FAMILY_FIELDS
+from .layers_spiralformer import FAMILIES, FAMILY_FIELDS
 
 # A child of the library's own logger, so that its verbosity rules; the name of this module would not be one.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -266,14 +266,11 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     def _fill_in_family(self):
         """Gives the fields that the family of layers has its defaults, where they are None."""
-        family = FAMILIES[self.layer_family]
-        defaults: dict[str, Any] = family.defaults
+        defaults = FAMILIES[self.layer_family].fields(self.norm)
         if "head_dim" in defaults:
             defaults["num_key_value_heads"] = self.num_attention_heads
             if self.hidden_size % self.num_attention_heads == 0:  # `validate_architecture` refuses it otherwise
                 defaults["head_dim"] = self.hidden_size // self.num_attention_heads
-        defaults["norm"] = self.norm or family.norm
-        defaults |= family.used_eps(defaults["norm"])
         for field, value in defaults.items():
             if getattr(self, field) is None:
                 setattr(self, field, value)
@@ -309,11 +306,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         own = [item for item in dataclasses.fields(cls) if item.name not in common]
         older = () if "layer_family" in config_dict else ADDED_FIELDS
         families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
-        known = [
-            *(field for family in families for field in family.defaults),
-            *(field for family in families for field in family.used_eps(config_dict.get("norm") or family.norm)),
-        ]
-        lacked = {*FAMILY_FIELDS, *EPS_FIELDS} - {*known}
+        known = [field for family in families for field in family.fields(config_dict.get("norm"))]
+        lacked = {*FAMILY_FIELDS} - {*known}
         missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
@@ -322,7 +316,7 @@ class SpiralFormerConfig(PreTrainedConfig):
             named = {NESTED_ROPE_NAMES.get(name, name) for part in parts for name in part if part[name] is not None}
             missing += [f"`rope_parameters['{name}']`" for name in ROPE_PARAMETERS if name not in named]
         faults = [f"{field} is missing and takes its default." for field in missing]
-        null = [field for field in (*known, "norm") if field in config_dict and config_dict[field] is None]
+        null = [field for field in known if field in config_dict and config_dict[field] is None]
         faults += [f"`{field}` is null and takes its default." for field in null]
         names, numbers = (config_dict.get(field) or {} for field in ("id2label", "label2id"))
         both = isinstance(names, dict) and isinstance(numbers, dict)
@@ -336,11 +330,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         Others look for a field there, such as the heads of keys, and know what to do where there is none.
         """
         values = super().to_dict()
-        return {
-            name: value
-            for name, value in values.items()
-            if value is not None or name not in (*FAMILY_FIELDS, *EPS_FIELDS)
-        }
+        return {name: value for name, value in values.items() if value is not None or name not in FAMILY_FIELDS}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
@@ -452,10 +442,9 @@ class SpiralFormerConfig(PreTrainedConfig):
 
     def validate_layer_family(self):
         """What the family of layers lacks is None, and what it has is not; likewise the epsilons of its norms."""
-        known = FAMILIES[self.layer_family]
-        has = {*known.defaults, *known.used_eps(self.norm or known.norm), "norm"}
+        has = FAMILIES[self.layer_family].fields(self.norm)
         family = f'with layer_family "{self.layer_family}" and norm "{self.norm}"'
-        for field in (*FAMILY_FIELDS, *EPS_FIELDS, "norm"):
+        for field in FAMILY_FIELDS:
             value = getattr(self, field)
             if (value is not None) != (field in has):
                 refuse(field, value, f"{'set' if field in has else 'None'} {family}")

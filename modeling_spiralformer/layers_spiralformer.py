@@ -39,6 +39,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from .cache_name_spiralformer import CACHE_NAME
 
+# The epsilon of each kind of norm, and its default.
+NORM_EPS = {"layer_norm": ("layer_norm_eps", 1e-5), "rms_norm": ("rms_norm_eps", 1e-6)}
 # Fields of a configuration that some families have and others lack.
 FAMILY_FIELDS = (
     "num_key_value_heads",
@@ -48,10 +50,9 @@ FAMILY_FIELDS = (
     "attention_bias",
     "mlp_bias",
     "hidden_dropout",
+    "norm",
+    *(eps for eps, _ in NORM_EPS.values()),
 )
-# The epsilon of each kind of norm, and its default.
-NORM_EPS = {"layer_norm": ("layer_norm_eps", 1e-5), "rms_norm": ("rms_norm_eps", 1e-6)}
-EPS_FIELDS = tuple(field for field, _ in NORM_EPS.values())
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class LayerFamily:
             defaults, and its plan of tensor parallelism.
         layer, attention, rotary_embedding: classes, built with the configuration.
         outputs: submodules of a layer whose product joins the residual stream.
-        norm: the kind of its norms.
+        norm: the kind of its norms, unless a configuration says otherwise.
         norms: submodules of a layer that are norms of `hidden_size` values.
         norms_heads: whether its attention has RMS norms of its own.
         more_fields: those of `FAMILY_FIELDS` that its layers read, though its configuration lacks them.
@@ -87,16 +88,18 @@ class LayerFamily:
     final_norm: str = "norm"
     unread_fields: tuple[str, ...] = ()
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The fields of `FAMILY_FIELDS` that this family has, with their defaults; those of heads follow the width."""
-        fields = dict.fromkeys(self.more_fields)
-        fields |= {item.name: item.default for item in dataclasses.fields(self.config_class)}
-        return {name: None if "head" in name else fields[name] for name in FAMILY_FIELDS if name in fields}
+    def fields(self, norm: str | None = None) -> dict[str, Any]:
+        """The fields of `FAMILY_FIELDS` that this family has, with their defaults; those of heads follow the width.
 
-    def used_eps(self, norm: str) -> dict[str, float]:
-        """The epsilons that norms of that kind, and those inside the attention, read, with their defaults."""
-        return dict(NORM_EPS[kind] for kind in NORM_EPS if kind == norm or (kind == "rms_norm" and self.norms_heads))
+        Args:
+            norm: the kind of norms, whose epsilon is read; None for the family's own.
+        """
+        norm = norm or self.norm
+        kinds = [kind for kind in NORM_EPS if kind == norm or (kind == "rms_norm" and self.norms_heads)]
+        own = {item.name: item.default for item in dataclasses.fields(self.config_class)}
+        own = dict.fromkeys(self.more_fields) | {name: own[name] for name in own if not name.endswith("norm_eps")}
+        own |= {"norm": norm, **dict(NORM_EPS[kind] for kind in kinds)}
+        return {name: None if "head" in name else own[name] for name in FAMILY_FIELDS if name in own}
 
     @property
     def layer_tp_plan(self) -> dict[str, str]:
@@ -181,7 +184,6 @@ def name_peft_targets(model_type: str) -> None:
 
 
 __all__ = [
-    "EPS_FIELDS",
     "FAMILIES",
     "FAMILY_FIELDS",
     "LayerFamily",

@@ -5,23 +5,16 @@ assisted decoding proposes; it is accepted where the target would have taken the
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from modeling_spiralformer.cache_name_spiralformer import CACHE_NAME
+from workshop.benchmarks.workloads import timed
 from workshop.costs import layer_bytes
 
 Models = dict[str, PreTrainedModel]
-
-
-def seconds(call: Callable[[], object]) -> tuple[float, object]:
-    """How long a call took, and what it returned."""
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
 
 
 @torch.inference_mode()
@@ -32,11 +25,11 @@ def time_context(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    prefill, token = seconds(lambda: forward(ids))
+    prefill, token = timed(lambda: forward(ids), model.device)
     held = sum(map(layer_bytes, cache.layers))
     steps = []
     for _ in range(new_tokens):
-        step, token = seconds(lambda: forward(token))  # noqa: B023  called at once
+        step, token = timed(lambda: forward(token), model.device)  # noqa: B023  called at once
         steps.append(step)
     return {"bytes": held, "prefill": prefill, "step": statistics.median(steps)}
 
@@ -60,14 +53,15 @@ def compare_contexts(models: Models, ids: torch.Tensor, lengths: list[int], new_
 def time_generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **how) -> tuple[float, torch.Tensor]:
     """Seconds and new tokens of a greedy `generate()`."""
     options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, **how}
-    duration, tokens = seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    mask = torch.ones_like(ids)
+    duration, tokens = timed(lambda: model.generate(ids, attention_mask=mask, **options), model.device)
     return duration, tokens[:, ids.shape[1] :]
 
 
 def time_assisted(
-    target: PreTrainedModel, assistant: PreTrainedModel, ids: torch.Tensor, new_tokens: int
-) -> dict[str, float]:
-    """Seconds, new tokens, calls of the target, and drafts of the assistant.
+    target: PreTrainedModel, assistant: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **how
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Seconds, the number of new tokens, calls of the target and drafts of the assistant; and the new tokens.
 
     A call of the target accepts some drafts and adds a token of its own; a call of the assistant makes a draft.
     """
@@ -81,11 +75,18 @@ def time_assisted(
 
     hooks = [model.register_forward_hook(count(name)) for name, model in zip(calls, (target, assistant), strict=True)]
     try:
-        duration, tokens = time_generate(target, ids, new_tokens, assistant_model=assistant)
+        duration, tokens = time_generate(target, ids, new_tokens, assistant_model=assistant, **how)
     finally:
         for hook in hooks:
             hook.remove()
-    return {"seconds": duration, "made": tokens.shape[1], "calls": calls["target"], "drafts": calls["assistant"]}
+    run = {"seconds": duration, "made": tokens.shape[1], "calls": calls["target"], "drafts": calls["assistant"]}
+    return run, tokens
+
+
+def drafting(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The share of all drafts of such runs that was accepted, and tokens per call of the target."""
+    made, calls, drafts = (sum(run[key] for run in runs) for key in ("made", "calls", "drafts"))
+    return {"accepted": (made - calls) / drafts, "tokens_per_call": made / calls}
 
 
 def compare_assisted(models: Models, prompts: list[torch.Tensor], new_tokens: int, rounds: int) -> dict:
@@ -100,14 +101,12 @@ def compare_assisted(models: Models, prompts: list[torch.Tensor], new_tokens: in
         for ids in prompts:
             for target, assistant in pairs:
                 alone, _ = time_generate(models[target], ids, new_tokens)
-                with_draft = time_assisted(models[target], models[assistant], ids, new_tokens)
+                with_draft, _ = time_assisted(models[target], models[assistant], ids, new_tokens)
                 found[target, assistant].append({**with_draft, "ratio": with_draft["seconds"] / alone})
-    figures = {}
-    for pair, runs in found.items():
-        made, calls, drafts = (sum(run[key] for run in runs) for key in ("made", "calls", "drafts"))
-        ratio = statistics.median(run["ratio"] for run in runs)
-        figures[pair] = {"accepted": (made - calls) / drafts, "tokens_per_call": made / calls, "ratio": ratio}
-    return figures
+    return {
+        pair: {**drafting(runs), "ratio": statistics.median(run["ratio"] for run in runs)}
+        for pair, runs in found.items()
+    }
 
 
 def time_compiled(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, rounds: int) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Views of one model beside each other: what they cost, how well they predict, and how well they draft."""
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from workshop.costs import layer_equivalents
+from workshop.generation import drafting, time_assisted, time_generate
 from workshop.tables import config_schedule, markdown_table
 
 COLUMNS = (
@@ -33,50 +33,34 @@ def bits_per_byte(model: PreTrainedModel, sequences: torch.Tensor, byte_lengths:
     return loss / math.log(2) / count
 
 
-class Generation:
+def generate_in_turns(
+    model: PreTrainedModel, views: list[PreTrainedModel], prompts: torch.Tensor, new_tokens: int
+) -> tuple[list[list[float]], list[list[dict]]]:
     """
-    Greedy continuations of prompts, timed, with the calls of the models that it took.
+    Greedy continuations of prompts `(N, L)`, by each in turn, prompt by prompt: what else the machine does meets all
+    alike.
 
-    Args:
-        model: the model whose tokens these are.
-        draft: a view that drafts `draft_tokens` for each of its calls; None to decode plainly.
+    Returns:
+        Seconds of the model and of each view, one per prompt; and for each view `time_assisted` of it as a draft.
+
+    Raises:
+        `ValueError`: where a text with a draft differs from the plain one by a token.
     """
-
-    def __init__(self, model: PreTrainedModel, draft: PreTrainedModel | None = None, draft_tokens: int = 5):
-        self.model, self.draft = model, draft
-        self.tokens, self.seconds, self.calls, self.drafted = 0, 0.0, 0, 0
-        if draft is not None:
-            draft.generation_config.num_assistant_tokens = draft_tokens
-            draft.generation_config.num_assistant_tokens_schedule = "constant"
-            draft.generation_config.assistant_confidence_threshold = 0.0
-
-    def run(self, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-        """The text `(1, L + new_tokens)` that follows a prompt `(1, L)`."""
-
-        def count(model, args, output):
-            self.calls += model is self.model
-            self.drafted += model is self.draft
-
-        models = [model for model in (self.model, self.draft) if model is not None]
-        hooks = [model.register_forward_hook(count) for model in models]
-        how = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
-        started = time.perf_counter()
-        text = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), assistant_model=self.draft, **how)
-        self.seconds += time.perf_counter() - started
-        self.tokens += new_tokens
-        for hook in hooks:
-            hook.remove()
-        return text
-
-    @property
-    def rate(self) -> float:
-        """Tokens for each second."""
-        return self.tokens / self.seconds
-
-    @property
-    def accepted(self) -> float:
-        """The share of the drafted tokens that were accepted: each call of the model adds one token of its own."""
-        return (self.tokens - self.calls) / self.drafted
+    plain: list[list[float]] = [[] for _ in (model, *views)]
+    drafted: list[list[dict]] = [[] for _ in views]
+    how = {"min_new_tokens": new_tokens, "eos_token_id": model.generation_config.eos_token_id}
+    for prompt in prompts.split(1):
+        texts = []
+        for one, durations in zip((model, *views), plain, strict=True):
+            duration, text = time_generate(one, prompt, new_tokens, **how)
+            durations.append(duration)
+            texts.append(text)
+        for view, runs in zip(views, drafted, strict=True):
+            run, text = time_assisted(model, view, prompt, new_tokens, **how)
+            if not torch.equal(text, texts[0]):
+                raise ValueError(f"The text must be that of plain decoding, but {view.config.chunk_sizes} differs.")
+            runs.append(run)
+    return plain, drafted
 
 
 def compare(
@@ -91,40 +75,32 @@ def compare(
     """
     One row for the model and one for each of its views: costs, quality, speed by itself and as a draft.
 
-    All generate in turns, prompt by prompt, so that what else the machine does meets all alike.
-
     Args:
         sequences: `(N, L)`, to predict.
         prompts: `(N, L)`, to continue.
+        draft_tokens: how many a view drafts for each call of the model.
 
     Raises:
         `ValueError`: where a text with a draft differs from the plain one by a token.
     """
     views = [model.with_schedule(schedule) for schedule in schedules]
-    plain = [Generation(one) for one in (model, *views)]
-    drafting = [Generation(model, view, draft_tokens) for view in views]
-    for one in (*plain, *drafting):  # not counted: what a first call sets up
-        one.run(prompts[:1], 8)
-        one.tokens = one.calls = one.drafted = 0
-        one.seconds = 0.0
-    for prompt in prompts.split(1):
-        expected, *_ = [one.run(prompt, new_tokens) for one in plain]
-        for one in drafting:
-            if not torch.equal(one.run(prompt, new_tokens), expected):
-                raise ValueError(
-                    f"The text must be that of plain decoding, but {one.draft.config.chunk_sizes} differs."
-                )
+    for view in views:
+        view.generation_config.num_assistant_tokens = draft_tokens
+        view.generation_config.num_assistant_tokens_schedule = "constant"
+        view.generation_config.assistant_confidence_threshold = 0.0
+    generate_in_turns(model, views, prompts[:1], 8)  # not counted: what a first call sets up
+    plain, drafted = generate_in_turns(model, views, prompts, new_tokens)
     rows = []
-    for one, draft in zip(plain, [None, *drafting], strict=True):
+    for one, durations, runs in zip((model, *views), plain, [None, *drafted], strict=True):
         row = {
-            "schedule": config_schedule(one.model.config),
-            "layer_equivalents": layer_equivalents(one.model.config),
-            "bits_per_byte": bits_per_byte(one.model, sequences, byte_lengths, rows=8),
-            "tokens_per_second": one.rate,
+            "schedule": config_schedule(one.config),
+            "layer_equivalents": layer_equivalents(one.config),
+            "bits_per_byte": bits_per_byte(one, sequences, byte_lengths, rows=8),
+            "tokens_per_second": new_tokens * len(durations) / sum(durations),
         }
-        if draft is not None:
-            row |= {"accepted": draft.accepted, "tokens_per_call": draft.tokens / draft.calls}
-            row["tokens_per_second_as_draft"] = draft.rate
+        if runs is not None:
+            seconds = sum(run["seconds"] for run in runs)
+            row |= {**drafting(runs), "tokens_per_second_as_draft": new_tokens * len(runs) / seconds}
         rows.append(row)
     return rows
 

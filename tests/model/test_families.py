@@ -52,7 +52,7 @@ def test_a_drawn_model_may_be_of_every_family_with_every_field():
     draw()
     for family, known in FAMILIES.items():
         values = {name: {value for field, value in met[family] if field == name} for name, _ in met[family]}
-        fields = {*known.defaults, *known.used_eps(known.norm), "norm", "rope_parameters"} - {"hidden_dropout"}
+        fields = {*known.fields(), "rope_parameters"} - {"hidden_dropout"}
         assert fields <= values.keys() and all(len(values[name]) > 1 for name in fields), family
         assert len(values["rope_parameters"]) >= len(ROPE_TYPES) + 1
 
@@ -210,11 +210,11 @@ def value_of(field: str, family: str):
 
 def fields_of(family: str) -> set[str]:
     known = FAMILIES[family]
-    return {*known.defaults, *known.used_eps(known.norm)}
+    return {*known.fields()} - {"norm"}  # every family has a norm
 
 
 def test_every_field_of_a_family_has_a_value_here():
-    assert VALUES.keys() == {*FAMILY_FIELDS, "layer_norm_eps", "rms_norm_eps"}
+    assert VALUES.keys() == {*FAMILY_FIELDS} - {"norm"}
     assert all(
         value_of(field, family) != getattr(small_config(layer_family=family), field)
         for family in FAMILIES
@@ -359,7 +359,7 @@ def check_reference() -> None:
     ids = random_ids(1, 19)
     for norm in ("layer_norm", "rms_norm"):
         for family in FAMILIES:
-            eps = dict.fromkeys(FAMILIES[family].used_eps(norm), 0.1)
+            eps = {name: 0.1 for name in FAMILIES[family].fields(norm) if name.endswith("norm_eps")}
             model = small_model(layer_family=family, norm=norm, num_core_layers=1, chunk_sizes=[3, 1], **eps)
             expected = reference_logits(model.config, model.state_dict(), ids[0])
             assert (logits_of(model, ids)[0] - expected).abs().max() < 1e-9

@@ -92,7 +92,12 @@ def same_state(left: torch.nn.Module, right: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("source_options", [{}, UNUSUAL], ids=["default", "unusual"])
 @torch.no_grad()
 def test_an_empty_schedule_has_the_logits_of_the_source_and_goes_back(options, source_options):
-    source = neox_model(**source_options)
+    check_plain_stack(neox_model(**source_options), options)
+
+
+@torch.no_grad()
+def check_plain_stack(source, options: dict):
+    """A source without a loop has its logits as a SpiralFormer, padded or not, and goes back; the converted model."""
     converted = to_spiralformer(source, chunk_sizes=[], **options).eval()
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (23, 17, 20)], "left")
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -100,7 +105,9 @@ def test_an_empty_schedule_has_the_logits_of_the_source_and_goes_back(options, s
         expected, got = source(**inputs, use_cache=False).logits, converted(**inputs, use_cache=False).logits
         assert torch.equal(got[mask[: len(got)].bool()], expected[mask[: len(got)].bool()])
     back = to_plain(converted)
-    assert same_state(back, source) and comparable(back.config) == comparable(source.config)
+    assert type(back) is type(source) and same_state(back, source)
+    assert comparable(back.config) == comparable(source.config)
+    return converted
 
 
 def test_every_field_of_the_source_is_carried():

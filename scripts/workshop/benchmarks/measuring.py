@@ -49,6 +49,13 @@ class Grid:
     context: int
     decode: tuple[DecodeSetting, ...]
 
+    @property
+    def timed(self) -> list[str]:
+        """The models whose prefills and training steps are timed; offsets of 0 change nothing there."""
+        if not self.prefill_lengths and not self.training_lengths:
+            return []
+        return [name for name, model in models_of(self.family).items() if not model.zero_offsets]
+
 
 def small_grids(family: str) -> tuple[Grid, ...]:
     """What a CPU measures of a family of layers in under half an hour."""
@@ -117,14 +124,12 @@ class Cell:
 def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
     """Everything that the grid measures, models side by side within each measurement."""
     cells = []
-    timed = [name for name, model in models_of(grid.family).items() if not model.zero_offsets]
-    names = [name for name in timed if name in models]
     for workload, lengths in ((Prefill, grid.prefill_lengths), (TrainingStep, grid.training_lengths)):
         label = "prefill" if workload is Prefill else "training"
         cells += [
             Cell({"workload": label, "model": name, "length": length}, workload(models[name], 1, length))
             for length in lengths
-            for name in names
+            for name in grid.timed
         ]
     for setting in grid.decode:
         padding = [PADDING[row % len(PADDING)] for row in range(setting.batch)] if setting.ragged else None
@@ -154,13 +159,8 @@ def count(grid: Grid, model: BenchmarkModel) -> dict:
 
 def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
     """All samples and counts of one size of models."""
-    used = {name for setting in grid.decode for name in setting.models}
-    times_lengths = bool(grid.prefill_lengths or grid.training_lengths)
-    contenders = {
-        name: model
-        for name, model in models_of(grid.family).items()
-        if name in used or (times_lengths and not model.zero_offsets)
-    }
+    used = {*grid.timed, *(name for setting in grid.decode for name in setting.models)}
+    contenders = {name: model for name, model in models_of(grid.family).items() if name in used}
     counts = {name: count(grid, model) for name, model in tqdm(contenders.items(), desc="counting")}
     dtype = getattr(torch, grid.dtype)
     models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}

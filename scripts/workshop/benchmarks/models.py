@@ -51,7 +51,7 @@ class BenchmarkModel:
             "num_attention_heads": heads,
             "max_position_embeddings": 2 * size.longest,
         }
-        if "num_key_value_heads" in family.defaults:
+        if "num_key_value_heads" in family.fields():
             gated = round(8 / 3 * size.width / HEAD_SIZE) * HEAD_SIZE
             common |= {"num_key_value_heads": max(1, heads // 4), "head_dim": HEAD_SIZE, "intermediate_size": gated}
         if self.topology is None:

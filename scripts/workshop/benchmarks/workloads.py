@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -11,13 +12,18 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from workshop.costs import DECODE_STEPS, LayerCall, decode_calls, heads_of_keys, token_ids
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, work of an accelerator included."""
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Wall time of one call, work of an accelerator included, and what it returned."""
     synchronize(device)
     started = time.perf_counter()
-    work()
+    result = work()
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call."""
+    return timed(work, device)[0]
 
 
 def synchronize(device: torch.device) -> None:
@@ -106,11 +112,8 @@ class Decode:
                 ).logits
                 return logits[:, -1].argmax(dim=-1, keepdim=True)
 
-            synchronize(self.model.device)
-            started = time.perf_counter()
-            token = step()
-            synchronize(self.model.device)
-            taken.append(time.perf_counter() - started)
+            duration, token = timed(step, self.model.device)
+            taken.append(duration)
         return taken
 
 
