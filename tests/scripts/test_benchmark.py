@@ -1,5 +1,6 @@
 """The benchmark: what it counts is what runs, and every table and picture comes out of a small run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -64,6 +65,8 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
         assert title in printed
     assert all(printed.count(f"| {name} |") >= 2 for name in models_of(results["grids"][0]["grid"]["family"]))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    timed = GridResults(results["grids"][0]).models("training", length=64)
+    assert "looped {1,1}" in timed and not any("offsets" in name for name in timed)
     assert results["machine"]["threads"] == 1 and len(results["machine"]["load"]) == 3
 
 
@@ -117,13 +120,14 @@ def test_the_floor_runs_the_layer_calls_that_decoding_runs(model, padding):
 def test_flops_are_those_of_the_layers(model):
     """
     Linear layers 24 d^2 a token or latent, attention 4 n^2 d, and the head; backward is twice forward. Llama's at this
-    width: queries and output 2 d^2, keys and values 2 d^2 of its one head, three matrices d by 192 = 3 d in the MLP.
+    width: 2 d^2 each for queries and output, as much for keys and values of one head of two, and three matrices d by
+    320 = 2.5 d in the MLP.
     """
     is_looped, family = model.topology is not None, model.family
-    model, length, size = model.build(SIZE, META, torch.float32), 96, SIZE.width
+    model, length, size = model.build(dataclasses.replace(SIZE, width=128), META, torch.float32), 96, 128
     flops = count_flops(model, length)
     lengths = call_lengths(model.config, length)
-    linear = 24 if family == "gpt_neox" else 2 * (4 + 9)
+    linear = 24 if family == "gpt_neox" else 6 + 6 * 2.5
     layers = sum(linear * n * size**2 + 4 * n**2 * size for n in lengths)
     head = 2 * size * SIZE.vocabulary
     # What a looped model adds: routers, scorers and allocators, a few numbers wide.
