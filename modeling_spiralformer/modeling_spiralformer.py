@@ -661,7 +661,9 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         if static and generation_config.prefill_chunk_size is not None:
             # The library compiles these calls. A graph must not allocate what later graphs write to.
             nothing = self.model.embed_tokens.weight.new_empty(given.shape[0], 0, self.config.hidden_size)
-            find_states(cache, self.config, self.model.grids, nothing)
+            states = find_states(cache, self.config, self.model.grids, nothing)
+            if states and past == 0 and mask is not None:
+                states[0].rows.make_room(given.shape[0], nothing.device)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if static:
             settle_states(cache)

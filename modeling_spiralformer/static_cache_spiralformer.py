@@ -123,6 +123,7 @@ class StaticState(ResolutionState):
         """Before `length` tokens: what is known of the padding, for Python to look at."""
         self.begun = True
         if not is_torchdynamo_compiling():
+            _read_column([self])  # the rest of the call may be compiled: torch compiles a call in parts where it must
             self.settle(length)
         elif self.rows.padding is None:
             self.final_padding = True

@@ -1,4 +1,4 @@
-"""Hypothesis profiles (a hundred histories in `make test`, two thousand in `make fuzz`), and a folder for commands."""
+"""Hypothesis profiles (a hundred histories in `make test`, two thousand in `make fuzz`), a device, and a folder."""
 
 import os
 import tempfile
@@ -9,12 +9,22 @@ CACHES = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = CACHES.name
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from documents import ROOT  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("test", max_examples=100, stateful_step_count=14, deadline=None)
 settings.register_profile("fuzz", max_examples=2000, stateful_step_count=14, deadline=None)
 settings.load_profile("test")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where models and tensors of the tests are made, such as cuda")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
 
 
 @pytest.fixture

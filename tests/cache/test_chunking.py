@@ -12,7 +12,7 @@ from modeling_spiralformer.chunking_spiralformer import ChunkGrid, FilledChunks
 
 PADS = st.none() | st.lists(st.integers(0, 14), min_size=1, max_size=4)  # None: a batch without padding
 LENGTHS = st.integers(1, 3) | st.integers(1, 30)  # of a call: in short ones some rows fill nothing
-CPU = torch.device("cpu")
+DEVICE = torch.get_default_device()
 COLUMNS = st.integers(0, 40)
 every_grid = given(grid=grids())
 every_batch = given(grid=grids(), pads=PADS, columns=COLUMNS)
@@ -25,7 +25,7 @@ def padding_of(pads: list[int] | None) -> LeftPadding | None:
 
 
 def filling_of(grid, pads, start, end, skip_idle=True, every_row=False) -> FilledChunks | None:
-    return grid.filling(start, end, padding_of(pads), CPU, skip_idle, every_row)
+    return grid.filling(start, end, padding_of(pads), DEVICE, skip_idle, every_row)
 
 
 def texts_of(lengths: list[list[int]]) -> PackedTexts:
@@ -197,7 +197,7 @@ def packed_chunks(grid: ChunkGrid, lengths: list[int]) -> list[tuple[int, int, l
 @given(grid=grids(), lengths=texts())
 def test_what_packed_rows_fill(grid, lengths):
     expected = [packed_chunks(grid, row) for row in lengths]
-    filled = grid.packed_filling(texts_of(lengths), CPU)
+    filled = grid.packed_filling(texts_of(lengths), DEVICE)
     if filled is None:
         assert not any(expected)
         return
@@ -212,7 +212,7 @@ def test_what_packed_rows_fill(grid, lengths):
 
 @given(grid=grids(), lengths=texts())
 def test_what_packed_rows_read(grid, lengths):
-    places, readable = grid.packed_reads(texts_of(lengths), CPU)
+    places, readable = grid.packed_reads(texts_of(lengths), DEVICE)
     for row, row_lengths in enumerate(lengths):
         latents = [chunk[:2] for chunk in packed_chunks(grid, row_lengths)]
         starts = [sum(row_lengths[:index]) for index in range(len(row_lengths))]

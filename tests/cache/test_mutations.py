@@ -244,6 +244,7 @@ def test_the_histories_run_on_the_classes_that_are_broken_below():
     assert SpiralFormerLatentLayer in [type(layer) for layer in layers]
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
 def test_a_deliberate_bug_is_caught(mutation, monkeypatch):
     """Caught: logits that differ, or an operation that breaks; an error of the mutation's own does not count."""

@@ -5,6 +5,9 @@ import torch
 from support import pad_rows, random_ids, small_model
 from transformers import CompileConfig, StaticCache
 
+from modeling_spiralformer.batch_spiralformer import Rows
+from modeling_spiralformer.static_cache_spiralformer import StaticState
+
 STATIC = {
     "powers of two": {"chunk_sizes": [8, 4, 2, 1]},
     "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
@@ -181,6 +184,35 @@ def test_a_compiled_prefill_in_chunks(sizes, fullgraph, lengths):
     assert of_prefill <= 3 and graphs - of_prefill == patterns  # a step runs the levels that fill, and no others
 
 
+def test_a_compiled_prefill_keeps_its_padding_where_no_graph_writes(monkeypatch):
+    """CUDA graphs reuse the memory of what a graph returns: the next one would change such a padding."""
+    kept, make_room = [], Rows.make_room
+
+    def remember(rows, *where):
+        make_room(rows, *where)
+        kept.append((rows, rows.padding.columns))
+
+    monkeypatch.setattr(Rows, "make_room", remember)
+    model = small_model(chunk_sizes=[4], **FEW_LAYERS)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (23, 6)], "left", total=23)
+    compiled_generate(model, ids, mask, prefill_chunk_size=7)
+    ((rows, columns),) = kept
+    assert rows.padding.columns is columns and columns.tolist() == [0, 17]
+
+
+def test_a_call_that_is_compiled_in_parts(monkeypatch):
+    """Where torch cannot compile a part, or has too many graphs of it, that part runs as it stands."""
+    monkeypatch.setattr(StaticState, "feed", torch._dynamo.disable(StaticState.feed))
+    model = small_model(chunk_sizes=[4, 2], **FEW_LAYERS)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (11, 6)], "left", total=11)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    for how in ({}, {"prefill_chunk_size": 4}):
+        tokens, logits, graphs = compiled_generate(model, ids, mask, fullgraph=False, **how)
+        assert torch.equal(tokens, expected.sequences) and graphs > 2
+        assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("lengths", [(30, 30), (30, 19, 7)], ids=str)
 def test_compiled_and_eager_calls_take_turns(lengths):
     """A compiled call leaves the padding, and how far it came, on the device; an eager one looks there."""

@@ -8,7 +8,7 @@ import copy
 import random
 
 import torch
-from support import VOCAB, small_model
+from support import VOCAB, seeded, small_model
 from transformers import DynamicCache, StaticCache
 
 TOLERANCE = 1e-9
@@ -26,7 +26,7 @@ class History:
 
     def __init__(self, options: dict, pads: list[int], static: bool = False):
         self.model = small_model(**options)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = seeded(0)
         self.static = static
         if static:
             self.cache = StaticCache(config=self.model.config, max_cache_len=STATIC_COLUMNS)

@@ -40,9 +40,14 @@ def small_config(**options) -> SpiralFormerConfig:
     return SpiralFormerConfig(**{**defaults, **options})
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of random numbers on the device of the tests."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def large_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draws every weight with std 0.15, so that no term of the model is small enough to hide."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
@@ -81,7 +86,7 @@ def small_model(
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids `(rows, length)`, never the special ones."""
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCAB, (rows, length), generator=seeded(seed))
 
 
 def pad_rows(rows: list[torch.Tensor], side: str, total: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

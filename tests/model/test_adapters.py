@@ -27,7 +27,7 @@ from adapter_cases import (
 )
 from documents import ROOT
 from peft import PeftModel
-from support import large_weights, pad_rows, random_ids, small_model
+from support import large_weights, pad_rows, random_ids, seeded, small_model
 from transformers import DynamicCache, StaticCache
 
 LENGTHS = (14, 3, 9)
@@ -47,7 +47,7 @@ def adapted(case: Case, **options) -> PeftModel:
     if case.config is not None and getattr(case.config, "ensure_weight_tying", False):
         options["tie_word_embeddings"] = True
     model = case.wrap(base_model(**case.model, **options))
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "ranknum" not in name:  # the rank as a number, of AdaLoRA

@@ -31,6 +31,7 @@ def check_whole(cache, columns: int) -> None:
 # -- positions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.host
 @schedule
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_positions_of_padded_rows(options, side):
                 model(ids, attention_mask=mask, position_ids=torch.arange(9)[None], use_cache=False)
 
 
+@pytest.mark.host
 @schedule
 def test_positions_of_padded_rows_over_a_cache(options):
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (13, 4, 9)], "left")
@@ -98,6 +100,7 @@ def test_positions_of_padded_rows_over_a_cache(options):
             assert (logits[:, 0] - expected[:, column]).abs().max() < 1e-9
 
 
+@pytest.mark.host
 def test_a_compiled_step_refuses_wrong_positions():
     """It does not wait for the device to say so: there the refusal is the device's own."""
     model, text = small_model(dtype=torch.float32), random_ids(1, 13)

@@ -435,6 +435,7 @@ def test_sharded_and_offloaded_models_are_refused():
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_commands_of_the_page_run(workplace):
     """With another text, and two steps in place of nine hundred."""
     (workplace / "boolq_wiki").mkdir()

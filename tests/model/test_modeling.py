@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_logits
-from support import large_weights, model_options, pad_rows, random_ids, small_config, small_model
+from support import large_weights, model_options, pad_rows, random_ids, seeded, small_config, small_model
 from transformers import DynamicCache
 
 from modeling_spiralformer import (
@@ -72,9 +72,9 @@ def test_eager_and_sdpa_agree(options):
 def test_a_token_changes_no_logit_before_it(options, length, data):
     model = small_model(**options)
     position = data.draw(st.integers(0, length - 1))
-    embeddings = torch.randn(1, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(1, length, 16, dtype=torch.float64, generator=seeded(0))
     changed = embeddings.clone()
-    changed[0, position] += torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    changed[0, position] += torch.randn(16, dtype=torch.float64, generator=seeded(1))
     with torch.no_grad():
         before = model(inputs_embeds=embeddings, use_cache=False).logits
         after = model(inputs_embeds=changed, use_cache=False).logits
@@ -191,7 +191,7 @@ def test_forward_hooks_see_every_step_of_the_loop(topology):
 
 def test_mesh_without_slots_is_mesh_with_slots():
     model = small_model(num_memory_slots=4).model
-    mesh, generator = model.topology, torch.Generator().manual_seed(1)
+    mesh, generator = model.topology, seeded(1)
     x, *news = torch.randn(5, 2, 7, 16, generator=generator, dtype=torch.float64)
     slots = [x] + [torch.zeros_like(x) for _ in range(3)]
     state, expected = x, []

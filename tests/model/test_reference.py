@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import reference_logits, reference_logits_from_embeddings
-from support import ROPE_TYPES, make_exact
+from support import ROPE_TYPES, make_exact, seeded
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS = 40, 16, 24, 2
@@ -58,7 +58,7 @@ def make_config(**settings):
 
 def random_weights(config, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every parameter that the config needs, by checkpoint name, float64: N(0, STD), norm weights around 1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     weights = {}
 
     def add(name: str, outputs: int, inputs: int | None = None, bias: bool = True):
@@ -124,7 +124,7 @@ def add_llama_layer(config, name: str, add) -> None:
 
 def random_ids(length: int, seed: int = 0) -> torch.Tensor:
     """A row of token ids (L,)."""
-    return torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCAB_SIZE, (length,), generator=seeded(seed))
 
 
 def library_logits(config, weights: dict[str, torch.Tensor], layers: list[str], input_ids: torch.Tensor):
