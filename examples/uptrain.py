@@ -13,6 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -44,7 +45,7 @@ parser.add_argument("--adapter_learning_rate", type=float, default=5e-4)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
 parser.add_argument("--max_steps", type=int, default=1000, help="steps of everything")
 parser.add_argument("--eval_steps", type=int, default=200)
-parser.add_argument("--bf16", action="store_true", help="mixed precision, for an accelerator")
+parser.add_argument("--bf16", action="store_true", help="mixed precision: for an accelerator")
 arguments = parser.parse_args()
 
 
@@ -103,6 +104,7 @@ def train(model: nn.Module, folder: Path, stage: str, steps: int, learning_rate:
         save_total_limit=2,
         logging_steps=10,
         bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         report_to="none",
     )
     curve = Curve(folder / "curve.json", stage)

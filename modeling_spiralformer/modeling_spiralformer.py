@@ -375,7 +375,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t, carrier), once per resolution
         # The mode is that of a module which a view shares with its model. Layers that FSDP shards are gathered by all
         # processes at once, in evaluation too.
-        run_idle = self.emb_dropout.training or (bool(states) and hasattr(self.core[0], "unshard"))
+        run_idle = self.emb_dropout.training or (len(states) > 0 and hasattr(self.core[0], "unshard"))
         for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
             core = partial(self._run_core, iteration, **kwargs)
             update = resolution(hidden_states, state, core, cache, run_idle)

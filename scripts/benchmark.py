@@ -30,6 +30,9 @@ class BenchmarkArguments:
         metadata={"help": "Whose layers all models have; transformers' own is the first.", "choices": [*FAMILIES]},
     )
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda where there is one."})
+    compiled: bool = field(
+        default=False, metadata={"help": "Decoding compiled with a static cache too: minutes of compiling."}
+    )
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
     threads: int | None = field(default=None, metadata={"help": "Threads of the CPU. Default: one for each core."})
@@ -56,7 +59,7 @@ class BenchmarkArguments:
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     if arguments.results is None:
-        grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
+        grids = (full_grids if arguments.full else small_grids)(arguments.layer_family, arguments.compiled)
         results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
         write_json(arguments.output, results)
         print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from documents import ROOT
+from transformers import DynamicCache
 
 import benchmark
 from benchmark import BenchmarkArguments
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import DecodeSetting, Grid, floored_of, measure
+from workshop.benchmarks.measuring import DecodeSetting, Grid, floored_of, full_grids, measure, small_grids
 from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
 from workshop.benchmarks.results import GridResults, Ratio, report
 from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
@@ -164,12 +165,12 @@ def test_peak_bytes_sees_every_allocation():
 def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
     """The same tokens, step for step; Inductor is left out, so that no compiler is needed."""
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled(model, backend="aot_eager"))
     model = MODELS["looped {1,1}"].build(SIZE, CPU, torch.float32)
     static, eager = Decode(model, 1, 48, compiled=True), Decode(model, 1, 48)
     assert static.forward is not eager.forward
     eager.ids = static.ids
-    eager.filled = eager.fill()
+    eager.filled = eager.fill(DynamicCache(config=model.config))
     tokens = []
     for decode in (static, eager):
         step, chosen = decode.forward, []
@@ -183,6 +184,14 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
         assert len(decode()) == DECODE_STEPS
         tokens.append(torch.stack(chosen, dim=1))
     assert tokens[0].shape == (1, DECODE_STEPS) and torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("grids", [small_grids, full_grids])
+def test_compiled_decoding_is_measured_where_it_is_asked_for(grids):
+    for plain, with_compiled in zip(grids("llama"), grids("llama", compiled=True), strict=True):
+        added = [setting for setting in with_compiled.decode if setting not in plain.decode]
+        assert [setting.batch for setting in added] == [1, 8] and all(setting.compiled for setting in added)
+        assert not any(setting.compiled for setting in plain.decode)
 
 
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"threads": 0}])

@@ -43,9 +43,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def uptrain(folder: Path, name: str) -> str:
+def uptrain(folder: Path, name: str, *more: str) -> str:
     """Runs the example into a folder of that name."""
-    words = ["converted", name, "--text", "text.txt", "--source", "source", *OPTIONS]
+    words = ["converted", name, "--text", "text.txt", *(more or ("--source", "source")), *OPTIONS]
     return run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
 
 
@@ -91,3 +91,10 @@ def test_a_run_that_was_cut_off_goes_on(folder):
     printed = uptrain(folder, "cut")
     assert curve(folder / "cut") == points and "held-out loss: converted" in printed
     assert changed(folder, "whole/trained", "cut/trained") == set()
+
+
+def test_mixed_precision(folder):
+    uptrain(folder, "mixed", "--bf16")
+    whole, mixed = (torch.tensor([loss for *_, loss in curve(folder / name)]) for name in ("whole", "mixed"))
+    assert len(whole) == len(mixed) and not torch.equal(whole, mixed)
+    assert (whole - mixed).abs().max() < 0.1

@@ -57,9 +57,10 @@ class Grid:
         return [name for name, model in models_of(self.family).items() if not model.zero_offsets]
 
 
-def small_grids(family: str) -> tuple[Grid, ...]:
-    """What a CPU measures of a family of layers in under half an hour."""
+def small_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
+    """What a CPU measures of a family of layers in under half an hour, and longer with `compiled` decoding."""
     every, floored = tuple(models_of(family)), floored_of(family)
+    both = tuple(DecodeSetting(batch, floored, compiled=True) for batch in (1, 8)) if compiled else ()
     return (
         Grid(
             family=family,
@@ -72,6 +73,7 @@ def small_grids(family: str) -> tuple[Grid, ...]:
                 DecodeSetting(1, every, floored),
                 DecodeSetting(8, every, floored),
                 DecodeSetting(8, floored, floored, ragged=True),
+                *both,
             ),
         ),
         Grid(
@@ -81,26 +83,28 @@ def small_grids(family: str) -> tuple[Grid, ...]:
             prefill_lengths=(),
             training_lengths=(),
             context=512,
-            decode=(DecodeSetting(1, floored, floored), DecodeSetting(8, floored, floored, ragged=True)),
+            decode=(DecodeSetting(1, floored, floored), DecodeSetting(8, floored, floored, ragged=True), *both),
         ),
     )
 
 
-def full_grids(family: str) -> tuple[Grid, ...]:
-    """What is for an accelerator."""
+def full_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
+    """What an accelerator measures in a few minutes, and longer with `compiled` decoding."""
     every, floored = tuple(models_of(family)), floored_of(family)
+    both = tuple(DecodeSetting(batch, floored, compiled=True) for batch in (1, 8)) if compiled else ()
     return tuple(
         Grid(
             family=family,
             size=ModelSize(width=width, layers=layers, vocabulary=50304, longest=4096),
             dtype="bfloat16",
-            prefill_lengths=(512, 2048, 4096),
+            prefill_lengths=(512, 4096),
             training_lengths=(512, 4096),
             context=512,
             decode=(
-                *(DecodeSetting(batch, every, floored) for batch in (1, 8, 32)),
-                *(DecodeSetting(batch, every, compiled=True) for batch in (1, 8, 32)),
-                *(DecodeSetting(batch, floored, floored, ragged=True) for batch in (8, 32)),
+                DecodeSetting(1, every, floored),
+                *(DecodeSetting(batch, floored, floored) for batch in (8, 32)),
+                DecodeSetting(8, floored, floored, ragged=True),
+                *both,
             ),
         )
         for width, layers in ((768, 12), (1024, 24))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from workshop.costs import DECODE_STEPS, LayerCall, decode_calls, heads_of_keys, token_ids
 
@@ -67,7 +67,7 @@ class Decode:
 
     Args:
         padding: columns of left padding of each row; None for rows that agree.
-        compiled: a static cache and a compiled forward in place of the dynamic cache.
+        compiled: a static cache and a forward that is compiled as `generate()` does it, in place of the dynamic cache.
     """
 
     def __init__(
@@ -83,16 +83,15 @@ class Decode:
         if padding is not None:
             columns = torch.arange(context + DECODE_STEPS, device=model.device)
             self.mask = (columns >= torch.tensor(padding, device=model.device)[:, None]).long()
-        self.forward = torch.compile(model, fullgraph=True) if compiled else model
+        self.forward = torch.compile(model, **CompileConfig(fullgraph=True).to_dict()) if compiled else model
         self.ids = token_ids(model, batch, context)
-        self.filled = self.fill()
+        longest, config = context + DECODE_STEPS, model.config
+        new = StaticCache(config=config, max_cache_len=longest) if compiled else DynamicCache(config=config)
+        self.filled = self.fill(new)
 
     @torch.no_grad()
-    def fill(self) -> Cache:
-        """A new cache that holds the context."""
-        longest = self.context + DECODE_STEPS
-        config = self.model.config
-        cache = StaticCache(config=config, max_cache_len=longest) if self.compiled else DynamicCache(config=config)
+    def fill(self, cache: Cache) -> Cache:
+        """The cache with the context in it."""
         mask = None if self.mask is None else self.mask[:, : self.context]
         self.model(self.ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
         return cache
@@ -100,7 +99,9 @@ class Decode:
     @torch.no_grad()
     def __call__(self) -> list[float]:
         """Seconds of each step."""
-        cache = self.fill() if self.compiled else copy.deepcopy(self.filled)
+        if self.compiled:  # in the same tensors: graphs know their addresses
+            self.filled.reset()
+        cache = self.fill(self.filled) if self.compiled else copy.deepcopy(self.filled)
         token, taken = self.ids[:, -1:], []
         for column in range(self.context, self.context + DECODE_STEPS):
             mask = None if self.mask is None else self.mask[:, : column + 1]
