@@ -301,7 +301,7 @@ class MovedCache:
         first: the first of the layers that are moved; those before it have their own entries.
     """
 
-    def __init__(self, cache: Cache, entry_offset: int, first: int = 0):
+    def __init__(self, cache: Any, entry_offset: int, first: int = 0):
         self.cache = cache
         self.entry_offset = entry_offset
         self.first = first

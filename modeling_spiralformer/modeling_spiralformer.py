@@ -37,14 +37,16 @@ of a resolution, G tokens in a chunk, D hidden size, T iterations.
 import math
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Self
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -87,6 +89,13 @@ from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_em
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    from .continuous_spiralformer import PagedCall
 
 
 class SpiralFormerDown(nn.Module):
@@ -358,10 +367,14 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         """
         # x, the embeddings
         embeddings = hidden_states = self._embed(input_ids, inputs_embeds)
-        boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
-        batch, states, cache = self._read_call(
-            embeddings, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
-        )
+        if isinstance(cache, PagedAttentionCache):
+            cache = batch = self._read_step(attention_mask, position_ids, cache, kwargs)
+            states, kwargs = batch.states, {}
+        else:
+            boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
+            batch, states, cache = self._read_call(
+                embeddings, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
+            )
         token_layer = self._token_arguments(batch, cache, embeddings) | kwargs
 
         # v = f_pre(x)
@@ -395,18 +408,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | None, **kwargs
     ) -> torch.Tensor:
         """f_loop: causal self-attention over latents `(R, K, D)`, each at the rotary position of its chunk index."""
-        layers, entries = self.core_layers[iteration], self.core_entries[iteration]
-        view = None if cache is None else IterationCache(cache, self.core_offsets[iteration], filled)
-        attention_mask = create_causal_mask(
-            config=self.layer_config,
-            inputs_embeds=latents,
-            attention_mask=filled.valid,
-            **{CACHE_NAME: view},
-            position_ids=filled.position_ids if filled.packed else None,
-            layer_idx=entries.start,
-        )
+        view, attention_mask = self._core_cache(iteration, latents, filled, cache)
         position_embeddings = self.rotary_emb(latents, position_ids=filled.position_ids)
-        for index in layers:
+        for index in self.core_layers[iteration]:
             latents = self.core[index](
                 latents,
                 attention_mask=attention_mask,
@@ -487,9 +491,41 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             states[0].rows.begin(batch, every_row)
         return batch, states, cache
 
-    def _token_arguments(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> dict:
+    def _read_step(
+        self, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: PagedAttentionCache, step: dict
+    ) -> "PagedCall":
+        """A step of continuous batching."""
+        from .continuous_spiralformer import PagedCall  # it imports what releases before 5.23 lack
+
+        if self.shared:
+            check_shared(self)
+        if meet_adapters(self):
+            raise ValueError("Adapters must not be chosen by row in continuous batching: its batch is one row.")
+        return PagedCall(cache, self.grids, position_ids, attention_mask, step)
+
+    def _core_cache(
+        self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: "Cache | PagedCall | None"
+    ) -> tuple:
+        """The cache as the core's layers see it in an iteration, and their mask."""
+        entries, offset = self.core_entries[iteration], self.core_offsets[iteration]
+        if cache is not None and not isinstance(cache, Cache):
+            return cache.iteration(iteration, entries.start - offset)
+        view = None if cache is None else IterationCache(cache, offset, filled)
+        attention_mask = create_causal_mask(
+            config=self.layer_config,
+            inputs_embeds=latents,
+            attention_mask=filled.valid,
+            **{CACHE_NAME: view},
+            position_ids=filled.position_ids if filled.packed else None,
+            layer_idx=entries.start,
+        )
+        return view, attention_mask
+
+    def _token_arguments(
+        self, batch: "Batch | PagedCall", cache: "Cache | PagedCall | None", inputs_embeds: torch.Tensor
+    ) -> dict:
         """What the layers of prelude and coda are given."""
-        moved = None
+        moved: Any = None
         if cache is not None and self.coda_offset:
             moved = MovedCache(cache, self.coda_offset, first=len(self.prelude))
         return {
@@ -499,8 +535,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=batch.position_ids),
         }
 
-    def _token_mask(self, batch: Batch, cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+    def _token_mask(
+        self, batch: "Batch | PagedCall", cache: "Cache | PagedCall | None", inputs_embeds: torch.Tensor
+    ) -> torch.Tensor | None:
         """The mask of prelude and coda, sized by the first cache entry at token resolution."""
+        if not isinstance(batch, Batch):
+            return batch.token_mask
         if not self.prelude and not self.coda:
             return None
         entry = 0 if self.prelude else self.config.num_hidden_layers - self.config.num_coda_layers
@@ -604,12 +644,29 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """The name by which `Trainer` finds that labels are shifted, also in a subclass such as those of FSDP."""
         return SpiralFormerForCausalLM.__name__
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: paged attention packs rows into one, chunks would span them, and its cache has no latents."""
-        raise NotImplementedError(
-            "Continuous batching is not supported: its paged cache has no place for latents. Use generate() on a "
-            "left-padded batch."
-        )
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: "ContinuousBatchingConfig | None" = None,
+        workload_hints: "WorkloadHints | None" = None,
+    ) -> "ContinuousBatchingManager":
+        """As the library does, over blocks that hold latents (`continuous_spiralformer`).
+
+        Raises:
+            `NotImplementedError`: on a release of transformers before 5.23, whose paged cache is built otherwise.
+            `ValueError`: for a decoding method, or a setting, that it cannot follow.
+        """
+        if find_spec("transformers.generation.continuous_batching.cache_allocators") is None:
+            raise NotImplementedError(
+                "Continuous batching needs transformers 5.23 or later: the paged cache of earlier releases has no "
+                "place for latents. Use generate() on a left-padded batch."
+            )
+        from .continuous_spiralformer import SpiralFormerBatchingManager, prepare_batching
+
+        decoding = self.generation_config if generation_config is None else generation_config
+        batching = prepare_batching(self.config, decoding, continuous_batching_config)
+        make = super().init_continuous_batching
+        return SpiralFormerBatchingManager.made_by(lambda: make(generation_config, batching, workload_hints))
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         """Infers a mask from pad ids as the library does, and refuses pad ids after a row's first token.

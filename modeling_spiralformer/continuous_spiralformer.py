@@ -1,0 +1,300 @@
+# Copyright 2026 The SpiralFormer maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Continuous batching (`generate_batch`): many requests in one flat batch, over blocks of the library's paged cache.
+
+The library schedules requests, and allocates, shares, copies and frees blocks; `paging_spiralformer` says what lies
+where in them. A block has the pages of the token layers, as the library lays them out, and behind them the keys and
+values of every latent layer and a state for each resolution.
+
+This module imports what releases before 5.23 lack: nothing imports it before it is needed.
+
+Shape letters: N new tokens of all requests, K latents that fill, G tokens in a chunk, H heads, E size of a head.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.continuous_batching import cache as library_cache
+from transformers.generation.continuous_batching import initialization
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from .batch_spiralformer import Rows
+from .chunking_spiralformer import ChunkGrid, FilledChunks
+from .configuration_spiralformer import SpiralFormerConfig
+from .paging_spiralformer import kept_counts, plan_step
+
+TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these blocks are for
+# Two names of the library's modules `cache` and `initialization` say of which class a paged cache builds its blocks.
+# They are private: tests/model/test_continuous_batching.py tells when they move.
+ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
+BUILDING = threading.Lock()
+
+
+class SpiralFormerAllocator(FullAttentionCacheAllocator):
+    """Blocks with room for latents and states behind the pages of the token layers.
+
+    `parts` has a view of each part of all blocks: `t, layer` is keys and values of a core layer in iteration t,
+    `(blocks, latents, 2, H, E)`; `t` is the state of its resolution, `(blocks, tokens and latents, D)`.
+    """
+
+    supports_block_table = False  # latents are gathered: a kernel that reads blocks has no place for them
+
+    def __init__(self, index: int, config: Any, num_key_value_heads: int, cache_dtype: torch.dtype, *args, **kwargs):
+        super().__init__(index, config, num_key_value_heads, cache_dtype, *args, **kwargs)
+        shapes: dict[Any, tuple[int, ...]] = {}
+        for t, grid in enumerate(ChunkGrid.of(config)):
+            latents = self.tokens_per_page // grid.size
+            heads = (num_key_value_heads, self.head_dim)
+            shapes |= {(t, layer): (latents, 2, *heads) for layer in range(config.num_core_layers)}
+            shapes[t] = (sum(kept_counts(grid)), config.hidden_size)
+        self.shapes, numbers = shapes, sum(map(math.prod, shapes.values()))
+        self.token_bytes = self.bytes_per_block
+        self.pages_per_block += -(-numbers * cache_dtype.itemsize // self.bytes_per_page)
+        self.tokens_per_block = self.tokens_per_page * self.pages_per_block
+        self.block_physical_stride = self.rows_per_token * self.tokens_per_block
+        self.bytes_per_block = self.bytes_per_page * self.pages_per_block
+
+    def register_cache_tensor(self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: torch.Tensor, pool):
+        """As the library does, and cuts the views."""
+        super().register_cache_tensor(bytes_per_sector, non_trash_bytes, cache_tensor, pool)
+        rest = cache_tensor.view(-1, self.bytes_per_block)[:, self.token_bytes :].view(self.cache_dtype)
+        counts = [math.prod(shape) for shape in self.shapes.values()]
+        parts = rest.split_with_sizes([*counts, rest.shape[1] - sum(counts)], dim=1)
+        self.parts = {
+            key: part.unflatten(1, shape) for (key, shape), part in zip(self.shapes.items(), parts[:-1], strict=True)
+        }
+
+
+# -- building -----------------------------------------------------------------------------------------------------
+
+
+def prepare_batching(
+    config: SpiralFormerConfig, generation: GenerationConfig, batching: ContinuousBatchingConfig | None
+) -> ContinuousBatchingConfig:
+    """The settings of continuous batching: those given, or the library's with a page that no chunk size cuts.
+
+    Raises:
+        `ValueError`: for decoding that the library does not do here, a page that cuts a chunk, CUDA graphs and
+            compilation, or several processes.
+    """
+    mode = generation.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"Continuous batching decodes greedily or by sampling, but got {mode.value}: use generate().")
+    for field in ("stop_strings", "max_time"):  # the library would not look at them
+        if getattr(generation, field) is not None:
+            raise ValueError(f"`{field}` must be None in continuous batching, but got {getattr(generation, field)}.")
+    if getattr(getattr(config, "distributed_config", None), "tp_size", 1) > 1:
+        raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {config.distributed_config.tp_size}.")
+    period = math.lcm(*config.chunk_sizes) if config.chunk_sizes else 1
+    if batching is None:
+        default = ContinuousBatchingConfig().page_size
+        return ContinuousBatchingConfig(page_size=-(-default // period) * period)
+    if batching.page_size % period:
+        raise ValueError(
+            f"`page_size` must be a multiple of all chunk sizes {list(config.chunk_sizes)}, that is of {period}, but "
+            f"got {batching.page_size}."
+        )
+    for field in ("use_cuda_graph", "varlen_compile_config", "decode_compile_config", "default_compile_level"):
+        value = getattr(batching, field)
+        if value not in (None, False, 0, (False, False)):
+            raise ValueError(
+                f"`{field}` must be left out, but got {value}: how many latents a step fills depends on its requests, "
+                "and a graph has fixed shapes."
+            )
+    return batching
+
+
+@contextmanager
+def these_blocks() -> Iterator[None]:
+    """Within it a paged cache for a SpiralFormer is built of the blocks above, and any other as ever."""
+
+    def make_allocator(config, **given) -> FullAttentionCacheAllocator:
+        kind = SpiralFormerAllocator if is_spiralformer(config) else FullAttentionCacheAllocator
+        return kind(config=config, **given)
+
+    make_allocator.supports_block_table = False  # type: ignore[attr-defined]  # as the class says it
+    library_groups = getattr(library_cache, GROUPS)
+
+    def group_layers(config) -> dict[str, list[int]]:
+        return {TOKEN_LAYERS: token_layers(config)} if is_spiralformer(config) else library_groups(config)
+
+    ours = {ALLOCATORS: getattr(library_cache, ALLOCATORS) | {TOKEN_LAYERS: make_allocator}, GROUPS: group_layers}
+    with BUILDING:
+        theirs = [(module, name, getattr(module, name)) for module in (library_cache, initialization) for name in ours]
+        try:
+            for module, name, _ in theirs:
+                setattr(module, name, ours[name])
+            yield
+        finally:
+            for module, name, value in theirs:
+                setattr(module, name, value)
+
+
+def is_spiralformer(config: Any) -> bool:
+    """Whether it is a configuration of this class, or of another copy of its code."""
+    return getattr(config, "model_type", None) == SpiralFormerConfig.model_type
+
+
+def token_layers(config: SpiralFormerConfig) -> list[int]:
+    """The cache entries of prelude and coda."""
+    coda = config.num_hidden_layers - config.num_coda_layers
+    return [*range(config.num_prelude_layers), *range(coda, config.num_hidden_layers)]
+
+
+class SpiralFormerBatchingManager(ContinuousBatchingManager):
+    """The library's manager, whose paged cache is built of these blocks.
+
+    The library makes it, as one of its own class, for it does more before that than a constructor. Then it becomes one
+    of this class.
+    """
+
+    @classmethod
+    def made_by(cls, make: Callable[[], ContinuousBatchingManager]) -> ContinuousBatchingManager:
+        """The manager that the library makes."""
+        with these_blocks():
+            manager = make()
+        manager.__class__ = cls
+        return manager
+
+    def _create_batch_processor(self):
+        with these_blocks():
+            return super()._create_batch_processor()
+
+
+# -- one step -----------------------------------------------------------------------------------------------------
+
+
+class PagedCall:
+    """One step of all requests: how many tokens each had and has, and where its blocks are; the cache of its layers.
+
+    Args:
+        cache: the library's paged cache.
+        grids: those of the schedule, which has a state for each.
+        position_ids: `(1, N)` the place of each new token in its text.
+        token_mask: `(1, 1, N, tokens)` what the new tokens attend to in the token layers.
+        step: what else the library says of its batch.
+    """
+
+    def __init__(
+        self,
+        cache: PagedAttentionCache,
+        grids: list[ChunkGrid],
+        position_ids: torch.Tensor,
+        token_mask: torch.Tensor,
+        step: dict[str, Any],
+    ):
+        self.position_ids, self.token_mask = position_ids, token_mask
+        self.allocator: Any = cache.cache_allocators[TOKEN_LAYERS]  # a `SpiralFormerAllocator`
+        self.read_index, self.write_index = step["read_index"][0], step["write_index"][0]
+        ends = step["cu_seq_lens_k"][TOKEN_LAYERS].long()
+        self.total = ends.diff()
+        self.past = self.total - step["cu_seq_lens_q"].long().diff()
+        # The places of all tokens, request after request; where no request goes on, all tokens are new.
+        places = (self.read_index if self.read_index.numel() else self.write_index).long()
+        pages = torch.arange(0, int(self.total.max()), self.allocator.tokens_per_page, device=ends.device)
+        first_tokens = (ends[:-1, None] + pages).clamp(max=len(places) - 1)
+        self.table = places[first_tokens] // self.allocator.block_physical_stride
+        self.states = [PagedState(t, grid, self) for t, grid in enumerate(grids)]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`: keys and values `(1, H, N, E)` of a token layer, and those of all tokens."""
+        new = [states[0].transpose(0, 1) for states in (key_states, value_states)]
+        held = self.allocator.update(*new, layer_idx, self.read_index, self.write_index)
+        return tuple(states.transpose(0, 1)[None] for states in held)
+
+    def iteration(self, iteration: int, first_layer: int) -> "tuple[PagedIteration, torch.Tensor]":
+        """The cache of the core's layers in that iteration, the first of which has that number, and their mask."""
+        state = self.states[iteration]
+        return PagedIteration(state, first_layer), state.mask
+
+
+class PagedState:
+    """What a resolution keeps of all requests, in their blocks: a `ResolutionState` for the flat batch of a step."""
+
+    def __init__(self, iteration: int, grid: ChunkGrid, call: PagedCall):
+        self.iteration, self.grid, self.parts, self.rows = iteration, grid, call.allocator.parts, Rows()
+        page = call.allocator.tokens_per_page
+        self.plan = plan_step(grid, call.past, call.total, call.table, page)
+        held = self.parts[iteration][self.plan.held_blocks].split([*kept_counts(grid)], dim=1)
+        self.tokens, self.latents = (states.flatten(0, 1) for states in held)
+        # The latents that can be attended to: all of each request, request after request.
+        filled = grid.num_filled(call.total)
+        requests = torch.arange(len(filled), device=filled.device).repeat_interleave(filled)
+        latents = torch.arange(len(requests), device=filled.device) - (filled.cumsum(0) - filled)[requests]
+        per_block = page // grid.size
+        self.slots = call.table[requests, latents // per_block], latents % per_block
+        self.new_slots = self.plan.slots // per_block, self.plan.slots % per_block
+        is_read = (requests == self.plan.requests[:, None]) & (latents <= self.plan.latents[:, None])
+        least = torch.finfo(self.tokens.dtype).min
+        self.mask = torch.zeros(is_read.shape, dtype=self.tokens.dtype, device=filled.device)
+        self.mask = self.mask.masked_fill(~is_read, least)[None, None]
+
+    def feed(self, states: torch.Tensor) -> FilledChunks | None:
+        """Takes `(1, N, D)` new token states; returns the chunks that they fill, None where they fill none."""
+        self.tokens = torch.cat([states[0], self.tokens])
+        plan, count = self.plan, len(self.plan.latents)
+        if not count:
+            return None
+        return FilledChunks(0, count, plan.latents[None], plan.members[None], present=plan.present[None])
+
+    def members(self, filled: FilledChunks) -> torch.Tensor:
+        """The token states `(1, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
+        return self.tokens[self.plan.members][None]
+
+    def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
+        """Keeps the core's outputs `(1, K, D)` for the tokens that will read them."""
+        self.latents = torch.cat([latents[0], self.latents])
+
+    def readable(self, length: int) -> torch.Tensor:
+        """The latent that each new token reads, `(1, N, D)`; arbitrary where it has nothing to read yet."""
+        return self.latents[self.plan.reads][None]
+
+    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
+        """u_(i - s) for each new token i, `(1, N, D)`: zero where it has nothing to read yet.
+
+        Args:
+            updates: `(1, N * G, D)`, those of every place of the latents that are `readable`.
+        """
+        places = updates[0].unflatten(0, (length, self.grid.size))
+        read = places[torch.arange(length, device=updates.device), self.plan.places]
+        return torch.where(self.plan.readable[:, None], read, 0.0)[None]
+
+    def trim(self, length: int) -> None:
+        """Ends the step: writes the states of the blocks that it touched."""
+        kept = self.tokens[self.plan.kept_tokens], self.latents[self.plan.kept_latents]
+        self.parts[self.iteration][self.plan.kept_blocks] = torch.cat(kept, dim=1)
+
+
+class PagedIteration:
+    """The latents of an iteration as the core's layers see them: a cache, whose first layer has that number."""
+
+    def __init__(self, state: PagedState, first_layer: int):
+        self.state, self.first_layer = state, first_layer
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As `Cache.update`: keys and values `(1, H, K, E)`, and those of all latents that can be attended to."""
+        store = self.state.parts[self.state.iteration, layer_idx - self.first_layer]
+        store[self.state.new_slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
+        return tuple(states.transpose(0, 1)[None] for states in store[self.state.slots].unbind(1))
+
+
+__all__ = ["PagedCall", "PagedIteration", "PagedState", "SpiralFormerBatchingManager", "prepare_batching"]

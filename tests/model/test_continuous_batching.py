@@ -1,0 +1,273 @@
+"""Continuous batching: each request as it is alone, whatever runs beside it and wherever its blocks lie."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from support import random_ids, small_model
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import modeling_spiralformer.modeling_spiralformer as modeling
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.paging_spiralformer import kept_counts
+
+if modeling.find_spec("transformers.generation.continuous_batching.cache_allocators") is None:
+    pytest.skip("needs transformers 5.23 or later", allow_module_level=True)
+from transformers.generation.continuous_batching import cache as library_cache
+from transformers.generation.continuous_batching import initialization
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+
+from modeling_spiralformer.continuous_spiralformer import ALLOCATORS, GROUPS, TOKEN_LAYERS, SpiralFormerAllocator
+
+MODELS = {
+    "mesh": {"chunk_sizes": [8, 4, 2, 1]},
+    "odd shifts": {"chunk_sizes": [4, 3, 1], "chunk_offsets": [3, 0, 0], "causal_shifts": [9, 2, 3]}
+    | {"topology": "residual", "down_scaling": "mean", "up_scaling": "broadcast", "use_parallel_residual": False},
+    "own cores, tied": {"share_core": False, "tie_word_embeddings": True, "topology": "anchor"},
+    "llama": {"layer_family": "llama", "chunk_sizes": [6, 2]},
+    "qwen3": {"layer_family": "qwen3", "num_coda_layers": 0},
+    "no token layers": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0},
+    "no loop": {"chunk_sizes": [], "num_core_layers": 0},
+}
+models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+LENGTHS = (1, 3, 17, 40, 61, 7, 24, 2)
+NEW = 12
+
+
+def make_model(implementation: str = "sdpa", **options):
+    """A float32 model, as `generate()` has it, that does not repeat one token for ever and knows no end."""
+    model = small_model(implementation=implementation, dtype=torch.float32, **{"hidden_size": 32, **options})
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompts(lengths=LENGTHS) -> list[list[int]]:
+    return [random_ids(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+def alone(model, prompt: list[int], new: int = NEW) -> tuple[list[int], torch.Tensor]:
+    """The greedy text of one prompt without a cache, and the log-probabilities of its tokens."""
+    how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    out = model.generate(torch.tensor([prompt]), **how, return_dict_in_generate=True, output_logits=True)
+    tokens = out.sequences[0, len(prompt) :]
+    scores = torch.cat(out.logits).log_softmax(-1)
+    return tokens.tolist(), scores.gather(1, tokens[:, None])[:, 0]
+
+
+def settings(**options) -> ContinuousBatchingConfig:
+    """A page of 24 tokens, at most 50 new tokens a step, 6 seats."""
+    return ContinuousBatchingConfig(
+        **{"page_size": 24, "num_blocks": 64, "max_batch_tokens": 50, "max_requests_per_batch": 6, **options}
+    )
+
+
+def decoding(**options) -> GenerationConfig:
+    return GenerationConfig(
+        **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
+    )
+
+
+@contextlib.contextmanager
+def counting_tokens(model):
+    """How many tokens the steps within it read, in a list of one."""
+    read = [0]
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, given: read.__setitem__(0, read[0] + given["input_ids"].numel()), with_kwargs=True
+    )
+    yield read
+    hook.remove()
+
+
+def check(model, texts: list[list[int]], batching: ContinuousBatchingConfig, new: int = NEW) -> int:
+    """Each request has its own text and log-probabilities; returns how many tokens the steps read."""
+    batching.return_logprobs = True
+    with counting_tokens(model) as read:
+        results = model.generate_batch(texts, decoding(max_new_tokens=new), batching)
+    assert len(results) == len(texts)
+    for prompt, result in zip(texts, results.values(), strict=True):
+        assert result.error is None
+        tokens, logprobs = alone(model, prompt, new)
+        assert result.generated_tokens == tokens
+        assert (torch.tensor(result.logprobs) - logprobs).abs().max() < 1e-4
+    return read[0]
+
+
+@models
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_every_request_is_what_it_is_alone(options, implementation):
+    model = make_model(implementation, **options)
+    read = check(model, prompts(), settings())
+    assert read == sum(LENGTHS) + len(LENGTHS) * (NEW - 1)  # each token once
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_view_of_some_iterations():
+    model = make_model(chunk_sizes=[8, 4, 2, 1])
+    check(model.with_schedule([4, 1]), prompts(), settings())
+    check(model, prompts(), settings())
+
+
+@models
+def test_a_shared_beginning_is_computed_once(options):
+    """Seven prompts of ten whole pages and a little, all but the last tokens the same."""
+    model, beginning = make_model(**options), random_ids(1, 240, seed=5)[0].tolist()
+    texts = [beginning + random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23, 24, 25, 30)]
+    once, again = (check(model, texts, settings(allow_block_sharing=sharing), new=4) for sharing in (True, False))
+    assert again == sum(map(len, texts)) + 3 * len(texts)
+    assert once <= again - 4 * 240  # the first ones run side by side, before there is anything to share
+
+
+@models
+def test_a_cache_that_is_too_small_computes_again(options):
+    model, texts = make_model(**options), prompts((40, 41, 42, 43))
+    sharing = {"allow_block_sharing": False, "max_batch_tokens": 96}
+    # Two requests fit to their end, or a little more; the library drops one and begins it again.
+    bytes_needed = 2 * -(-(43 + 40) // 24)
+    read = check(model, texts, settings(num_blocks=bytes_needed, **sharing), new=40)
+    whole = check(model, texts, settings(num_blocks=200, **sharing), new=40)
+    assert whole == sum(map(len, texts)) + 4 * 39
+    assert read > whole
+
+
+@models
+def test_several_texts_of_one_prompt_fork_its_blocks(options):
+    model = make_model(**options)
+    likeliest = decoding(do_sample=True, top_k=1, num_return_sequences=3)
+    results = model.generate_batch(prompts((29, 50)), likeliest, settings())
+    assert len(results) == 6
+    expected = {tuple(prompt): alone(model, prompt)[0] for prompt in prompts((29, 50))}
+    for result in results.values():
+        assert result.generated_tokens == expected[tuple(result.prompt_ids)]
+
+
+def test_requests_with_settings_of_their_own_come_and_go():
+    """Streamed, cancelled, ended by a token of its own, and one that samples the likeliest of one."""
+    model = make_model(chunk_sizes=[4, 2, 1])
+    texts = prompts((20, 33, 11, 26))
+    expected = [alone(model, prompt, 30)[0] for prompt in texts]
+    manager = model.init_continuous_batching(
+        decoding(do_sample=True, top_k=40, temperature=0.9), settings(per_request_processors=True)
+    )
+    manager.start()
+    try:
+        greedy = {"top_k": 1}
+        end = expected[2][17]
+        manager.add_request(texts[0], "streamed", max_new_tokens=30, streaming=True, **greedy)
+        manager.add_request(texts[1], "cancelled", max_new_tokens=10_000, **greedy)
+        manager.add_request(texts[2], "ended", max_new_tokens=30, eos_token_id=end, **greedy)
+        manager.add_request(texts[3], "free", max_new_tokens=30, temperature=5.0)
+        seen, last = [], {}
+        for result in manager:
+            if result.request_id == "streamed":
+                seen.append(list(result.generated_tokens))
+                if len(seen) == 3:
+                    manager.cancel_request("cancelled")
+            last[result.request_id] = result
+            if {"streamed", "ended", "free"} <= {name for name, one in last.items() if one.is_finished()}:
+                break
+    finally:
+        manager.stop(block=True)
+    assert len(seen) > 10 and seen[-1] == expected[0]
+    assert all(part == expected[0][: len(part)] for part in seen)
+    assert last["ended"].generated_tokens == expected[2][: expected[2].index(end) + 1]
+    assert len(last["free"].generated_tokens) == 30 and last["free"].generated_tokens != expected[3]
+    assert "cancelled" not in last or not last["cancelled"].is_finished()
+
+
+def test_blocks_hold_what_the_formula_says():
+    """Keys and values of each layer at its resolution, and the state of each resolution once a block."""
+    model = make_model(chunk_sizes=[8, 4, 2, 1], layer_family="llama")
+    config, page = model.config, 48
+    with modeling_blocks():
+        allocator = library_cache.ATTN_TYPE_TO_ALLOCATOR[TOKEN_LAYERS](
+            index=0,
+            config=config,
+            num_key_value_heads=config.num_key_value_heads,
+            cache_dtype=torch.float32,
+            page_size=page,
+            layer_indices=library_cache.group_layers_by_attn_type(config)[TOKEN_LAYERS],
+            allow_block_sharing=True,
+        )
+    assert type(allocator) is SpiralFormerAllocator
+    entry = 2 * config.num_key_value_heads * config.resolved_head_dim * 4  # bytes of one token in one layer
+    layers = config.num_prelude_layers + config.num_coda_layers
+    layers += config.num_core_layers * sum(1 / size for size in config.chunk_sizes)
+    states = sum(sum(kept_counts(grid)) for grid in ChunkGrid.of(config)) * config.hidden_size * 4
+    needed = entry * page * layers + states
+    assert needed <= allocator.bytes_per_block < needed + entry * page  # rounded up to a page
+
+
+def modeling_blocks():
+    from modeling_spiralformer.continuous_spiralformer import these_blocks
+
+    return these_blocks()
+
+
+# -- the library's private names --------------------------------------------------------------------------------------
+
+
+def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
+    modules = (library_cache, initialization)
+    before = [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)]
+    assert before[0][TOKEN_LAYERS] is FullAttentionCacheAllocator
+    check(make_model(), prompts((5, 9)), settings(), new=2)
+    assert all(
+        now is then
+        for now, then in zip(
+            [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)], before, strict=True
+        )
+    )
+
+
+def test_other_models_keep_their_blocks_meanwhile():
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    with modeling_blocks():
+        other = LlamaForCausalLM(config).eval()
+        other.generation_config.eos_token_id = None
+        results = other.generate_batch(prompts((5, 30)), decoding(), settings())
+    for prompt, result in zip(prompts((5, 30)), results.values(), strict=True):
+        assert result.generated_tokens == alone(other, prompt)[0]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batching", "generation", "names"),
+    [
+        ({"page_size": 26}, {}, "`page_size` must be a multiple of all chunk sizes .* of 4, but got 26"),
+        ({"use_cuda_graph": True}, {}, "`use_cuda_graph` must be left out, but got True"),
+        ({"use_cuda_graph": (False, True)}, {}, "`use_cuda_graph`"),
+        ({"default_compile_level": 1}, {}, "`default_compile_level`"),
+        ({"varlen_compile_config": {"mode": "default"}}, {}, "`varlen_compile_config`"),
+        ({}, {"num_beams": 3}, "decodes greedily or by sampling, but got beam_search"),
+        ({}, {"stop_strings": ["x"]}, "`stop_strings` must be None"),
+        ({}, {"max_time": 1.0}, "`max_time` must be None"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_follow_is_refused(batching, generation, names):
+    with pytest.raises(ValueError, match=names):
+        make_model(chunk_sizes=[4, 1]).generate_batch([[3, 4, 5]], decoding(**generation), settings(**batching))
+
+
+def test_a_page_that_no_chunk_size_cuts_is_chosen_where_none_is_given():
+    model = make_model(chunk_sizes=[5, 3])
+    manager = model.init_continuous_batching(decoding())
+    assert manager.continuous_batching_config.page_size == 270 and 270 % math.lcm(5, 3) == 0
+
+
+def test_earlier_releases_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(modeling, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="needs transformers 5.23 or later"):
+        make_model().generate_batch([[3, 4, 5]], decoding())
+
+
+def test_several_processes_are_refused():
+    model = make_model()
+    model.config.distributed_config = type("Distributed", (), {"tp_size": 2})()
+    with pytest.raises(ValueError, match="`tp_size` must be 1 in continuous batching, but got 2"):
+        model.init_continuous_batching(decoding())
