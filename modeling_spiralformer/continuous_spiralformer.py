@@ -17,8 +17,6 @@ The library schedules requests, and allocates, shares, copies and frees blocks; 
 where in them. A block has the pages of the token layers, as the library lays them out, and behind them the keys and
 values of every latent layer and a state for each resolution.
 
-This module imports what releases before 5.23 lack: nothing imports it before it is needed.
-
 Shape letters: N new tokens of all requests, K latents that fill, G tokens in a chunk, H heads, E size of a head.
 """
 
@@ -29,13 +27,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
+from transformers.generation.continuous_batching import ContinuousBatchingManager, initialization
 from transformers.generation.continuous_batching import cache as library_cache
-from transformers.generation.continuous_batching import initialization
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from .batch_spiralformer import Rows
 from .chunking_spiralformer import ChunkGrid, FilledChunks
@@ -47,9 +42,11 @@ TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these b
 # They are private: tests/model/test_continuous_batching.py tells when they move.
 ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
 BUILDING = threading.Lock()
+# What the library has for other models; releases before 5.23 build their cache otherwise.
+LibraryAllocator: Any = getattr(library_cache, "FullAttentionCacheAllocator", object)
 
 
-class SpiralFormerAllocator(FullAttentionCacheAllocator):
+class SpiralFormerAllocator(LibraryAllocator):
     """Blocks with room for latents and states behind the pages of the token layers.
 
     `parts` has a view of each part of all blocks: `t, layer` is keys and values of a core layer in iteration t,
@@ -58,17 +55,17 @@ class SpiralFormerAllocator(FullAttentionCacheAllocator):
 
     supports_block_table = False  # latents are gathered: a kernel that reads blocks has no place for them
 
-    def __init__(self, index: int, config: Any, num_key_value_heads: int, cache_dtype: torch.dtype, *args, **kwargs):
-        super().__init__(index, config, num_key_value_heads, cache_dtype, *args, **kwargs)
+    def __init__(self, config: Any, **kwargs):
+        super().__init__(config=config, **kwargs)
         shapes: dict[Any, tuple[int, ...]] = {}
         for t, grid in enumerate(ChunkGrid.of(config)):
             latents = self.tokens_per_page // grid.size
-            heads = (num_key_value_heads, self.head_dim)
+            heads = (self.num_key_value_heads, self.head_dim)
             shapes |= {(t, layer): (latents, 2, *heads) for layer in range(config.num_core_layers)}
             shapes[t] = (sum(kept_counts(grid)), config.hidden_size)
         self.shapes, numbers = shapes, sum(map(math.prod, shapes.values()))
-        self.token_bytes = self.bytes_per_block
-        self.pages_per_block += -(-numbers * cache_dtype.itemsize // self.bytes_per_page)
+        self.token_bytes = self.bytes_per_page * len(self.layer_indices)
+        self.pages_per_block = len(self.layer_indices) - (-numbers * self.cache_dtype.itemsize // self.bytes_per_page)
         self.tokens_per_block = self.tokens_per_page * self.pages_per_block
         self.block_physical_stride = self.rows_per_token * self.tokens_per_block
         self.bytes_per_block = self.bytes_per_page * self.pages_per_block
@@ -93,9 +90,15 @@ def prepare_batching(
     """The settings of continuous batching: those given, or the library's with a page that no chunk size cuts.
 
     Raises:
+        `NotImplementedError`: on a release of transformers before 5.23.
         `ValueError`: for decoding that the library does not do here, a page that cuts a chunk, CUDA graphs and
             compilation, or several processes.
     """
+    if not hasattr(library_cache, ALLOCATORS):
+        raise NotImplementedError(
+            "Continuous batching needs transformers 5.23 or later: the paged cache of earlier releases has no place "
+            "for latents. Use generate() on a left-padded batch."
+        )
     mode = generation.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"Continuous batching decodes greedily or by sampling, but got {mode.value}: use generate().")
@@ -104,7 +107,7 @@ def prepare_batching(
             raise ValueError(f"`{field}` must be None in continuous batching, but got {getattr(generation, field)}.")
     if getattr(getattr(config, "distributed_config", None), "tp_size", 1) > 1:
         raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {config.distributed_config.tp_size}.")
-    period = math.lcm(*config.chunk_sizes) if config.chunk_sizes else 1
+    period = math.lcm(*config.chunk_sizes)  # 1 without a loop
     if batching is None:
         default = ContinuousBatchingConfig().page_size
         return ContinuousBatchingConfig(page_size=-(-default // period) * period)
@@ -127,8 +130,8 @@ def prepare_batching(
 def these_blocks() -> Iterator[None]:
     """Within it a paged cache for a SpiralFormer is built of the blocks above, and any other as ever."""
 
-    def make_allocator(config, **given) -> FullAttentionCacheAllocator:
-        kind = SpiralFormerAllocator if is_spiralformer(config) else FullAttentionCacheAllocator
+    def make_allocator(config, **given):
+        kind = SpiralFormerAllocator if is_spiralformer(config) else LibraryAllocator
         return kind(config=config, **given)
 
     make_allocator.supports_block_table = False  # type: ignore[attr-defined]  # as the class says it
@@ -297,4 +300,4 @@ class PagedIteration:
         return tuple(states.transpose(0, 1)[None] for states in store[self.state.slots].unbind(1))
 
 
-__all__ = ["PagedCall", "PagedIteration", "PagedState", "SpiralFormerBatchingManager", "prepare_batching"]
+__all__ = ["PagedCall", "PagedState", "SpiralFormerBatchingManager", "prepare_batching", "these_blocks"]

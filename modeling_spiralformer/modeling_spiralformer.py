@@ -37,16 +37,18 @@ of a resolution, G tokens in a chunk, D hidden size, T iterations.
 import math
 from collections.abc import Callable
 from functools import partial, wraps
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -84,18 +86,12 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
+from .continuous_spiralformer import PagedCall, PagedState, SpiralFormerBatchingManager, prepare_batching
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
-
-if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching import ContinuousBatchingManager
-    from transformers.generation.continuous_batching.utils import WorkloadHints
-
-    from .continuous_spiralformer import PagedCall
 
 
 class SpiralFormerDown(nn.Module):
@@ -367,14 +363,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         """
         # x, the embeddings
         embeddings = hidden_states = self._embed(input_ids, inputs_embeds)
-        if isinstance(cache, PagedAttentionCache):
-            cache = batch = self._read_step(attention_mask, position_ids, cache, kwargs)
-            states, kwargs = batch.states, {}
-        else:
-            boundaries = {name: kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None}
-            batch, states, cache = self._read_call(
-                embeddings, attention_mask, position_ids, boundaries, cache, self._uses_cache(cache, use_cache)
-            )
+        read: Callable = self._read_step if isinstance(cache, PagedAttentionCache) else self._read_call
+        batch, states, cache, kwargs = read(embeddings, attention_mask, position_ids, cache, use_cache, kwargs)
         token_layer = self._token_arguments(batch, cache, embeddings) | kwargs
 
         # v = f_pre(x)
@@ -467,14 +457,16 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        boundaries: dict[str, torch.Tensor],
         given_cache: Cache | None,
-        uses_cache: bool,
-    ) -> tuple[Batch, list[ResolutionState], Cache | None]:
-        """What the call is about, one state per iteration, and the cache: the one given, or a new one.
+        use_cache: bool | None,
+        given: dict[str, Any],
+    ) -> tuple[Batch, list[ResolutionState], Cache | None, dict[str, Any]]:
+        """What the call is about, one state per iteration, the cache, given or new, and what layers are given besides.
 
         Without a cache the states last for this call.
         """
+        uses_cache = self._uses_cache(given_cache, use_cache)
+        boundaries = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
         if self.shared and not is_torchdynamo_compiling():
             check_shared(self)
         every_row, rows = meet_adapters(self), Rows()
@@ -489,22 +481,27 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
         if states:
             states[0].rows.begin(batch, every_row)
-        return batch, states, cache
+        return batch, states, cache, given
 
     def _read_step(
-        self, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: PagedAttentionCache, step: dict
-    ) -> "PagedCall":
-        """A step of continuous batching."""
-        from .continuous_spiralformer import PagedCall  # it imports what releases before 5.23 lack
-
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: PagedAttentionCache,
+        use_cache: bool | None,
+        step: dict[str, Any],
+    ) -> tuple[PagedCall, list[PagedState], PagedCall, dict[str, Any]]:
+        """The same for a step of continuous batching, of which `step` says what is in its batch."""
         if self.shared:
             check_shared(self)
         if meet_adapters(self):
             raise ValueError("Adapters must not be chosen by row in continuous batching: its batch is one row.")
-        return PagedCall(cache, self.grids, position_ids, attention_mask, step)
+        call = PagedCall(cache, self.grids, position_ids, attention_mask, step)
+        return call, call.states, call, {}
 
     def _core_cache(
-        self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: "Cache | PagedCall | None"
+        self, iteration: int, latents: torch.Tensor, filled: FilledChunks, cache: Cache | PagedCall | None
     ) -> tuple:
         """The cache as the core's layers see it in an iteration, and their mask."""
         entries, offset = self.core_entries[iteration], self.core_offsets[iteration]
@@ -522,7 +519,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         return view, attention_mask
 
     def _token_arguments(
-        self, batch: "Batch | PagedCall", cache: "Cache | PagedCall | None", inputs_embeds: torch.Tensor
+        self, batch: Batch | PagedCall, cache: Cache | PagedCall | None, inputs_embeds: torch.Tensor
     ) -> dict:
         """What the layers of prelude and coda are given."""
         moved: Any = None
@@ -536,7 +533,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         }
 
     def _token_mask(
-        self, batch: "Batch | PagedCall", cache: "Cache | PagedCall | None", inputs_embeds: torch.Tensor
+        self, batch: Batch | PagedCall, cache: Cache | PagedCall | None, inputs_embeds: torch.Tensor
     ) -> torch.Tensor | None:
         """The mask of prelude and coda, sized by the first cache entry at token resolution."""
         if not isinstance(batch, Batch):
@@ -647,22 +644,15 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def init_continuous_batching(
         self,
         generation_config: GenerationConfig | None = None,
-        continuous_batching_config: "ContinuousBatchingConfig | None" = None,
-        workload_hints: "WorkloadHints | None" = None,
-    ) -> "ContinuousBatchingManager":
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> ContinuousBatchingManager:
         """As the library does, over blocks that hold latents (`continuous_spiralformer`).
 
         Raises:
             `NotImplementedError`: on a release of transformers before 5.23, whose paged cache is built otherwise.
             `ValueError`: for a decoding method, or a setting, that it cannot follow.
         """
-        if find_spec("transformers.generation.continuous_batching.cache_allocators") is None:
-            raise NotImplementedError(
-                "Continuous batching needs transformers 5.23 or later: the paged cache of earlier releases has no "
-                "place for latents. Use generate() on a left-padded batch."
-            )
-        from .continuous_spiralformer import SpiralFormerBatchingManager, prepare_batching
-
         decoding = self.generation_config if generation_config is None else generation_config
         batching = prepare_batching(self.config, decoding, continuous_batching_config)
         make = super().init_continuous_batching

@@ -26,9 +26,6 @@ class ServedModel(SpiralFormerForCausalLM):
 
 
 def main(argv: list[str]) -> None:
-    if "--continuous-batching" in argv:
-        # The server would start, and answer every request with an error.
-        raise ValueError("`--continuous-batching` must be left out: its paged cache has no place for latents.")
     # The name `transformers` as the server has it: the library may put another module object in its place.
     model_manager.transformers.SpiralFormerForCausalLM = ServedModel
     app(["serve", *argv])

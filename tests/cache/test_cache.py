@@ -363,12 +363,6 @@ def test_quantised_and_offloaded_caches_are_refused():
         model.generate(random_ids(1, 3), max_new_tokens=2, cache_implementation="quantized")
 
 
-def test_continuous_batching_is_refused():
-    for options in ({}, {"chunk_sizes": [], "num_core_layers": 0}):
-        with pytest.raises(NotImplementedError, match="left-padded"):
-            small_model(dtype=torch.float32, **options).generate_batch(inputs=[[5, 6, 7], [8, 9]])
-
-
 def test_appending_to_right_padded_rows_is_refused():
     model = small_model(dtype=torch.float32)
     ids, mask = pad_rows([random_ids(1, 9)[0], random_ids(1, 6)[0]], "right")

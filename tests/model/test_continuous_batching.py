@@ -5,20 +5,25 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from support import random_ids, small_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-import modeling_spiralformer.modeling_spiralformer as modeling
-from modeling_spiralformer.chunking_spiralformer import ChunkGrid
-from modeling_spiralformer.paging_spiralformer import kept_counts
-
-if modeling.find_spec("transformers.generation.continuous_batching.cache_allocators") is None:
-    pytest.skip("needs transformers 5.23 or later", allow_module_level=True)
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import initialization
-from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
-from modeling_spiralformer.continuous_spiralformer import ALLOCATORS, GROUPS, TOKEN_LAYERS, SpiralFormerAllocator
+from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.continuous_spiralformer import (
+    ALLOCATORS,
+    GROUPS,
+    TOKEN_LAYERS,
+    SpiralFormerAllocator,
+    these_blocks,
+)
+from modeling_spiralformer.paging_spiralformer import kept_counts
+
+if version.parse(transformers.__version__) < version.parse("5.23"):
+    pytest.skip("needs transformers 5.23 or later", allow_module_level=True)
 
 MODELS = {
     "mesh": {"chunk_sizes": [8, 4, 2, 1]},
@@ -179,7 +184,7 @@ def test_blocks_hold_what_the_formula_says():
     """Keys and values of each layer at its resolution, and the state of each resolution once a block."""
     model = make_model(chunk_sizes=[8, 4, 2, 1], layer_family="llama")
     config, page = model.config, 48
-    with modeling_blocks():
+    with these_blocks():
         allocator = library_cache.ATTN_TYPE_TO_ALLOCATOR[TOKEN_LAYERS](
             index=0,
             config=config,
@@ -198,19 +203,13 @@ def test_blocks_hold_what_the_formula_says():
     assert needed <= allocator.bytes_per_block < needed + entry * page  # rounded up to a page
 
 
-def modeling_blocks():
-    from modeling_spiralformer.continuous_spiralformer import these_blocks
-
-    return these_blocks()
-
-
 # -- the library's private names --------------------------------------------------------------------------------------
 
 
 def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
     modules = (library_cache, initialization)
     before = [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)]
-    assert before[0][TOKEN_LAYERS] is FullAttentionCacheAllocator
+    assert before[0][TOKEN_LAYERS] is library_cache.FullAttentionCacheAllocator
     check(make_model(), prompts((5, 9)), settings(), new=2)
     assert all(
         now is then
@@ -224,7 +223,7 @@ def test_other_models_keep_their_blocks_meanwhile():
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    with modeling_blocks():
+    with these_blocks():
         other = LlamaForCausalLM(config).eval()
         other.generation_config.eos_token_id = None
         results = other.generate_batch(prompts((5, 30)), decoding(), settings())
@@ -261,7 +260,7 @@ def test_a_page_that_no_chunk_size_cuts_is_chosen_where_none_is_given():
 
 
 def test_earlier_releases_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(modeling, "find_spec", lambda name: None)
+    monkeypatch.delattr(library_cache, ALLOCATORS)
     with pytest.raises(NotImplementedError, match="needs transformers 5.23 or later"):
         make_model().generate_batch([[3, 4, 5]], decoding())
 

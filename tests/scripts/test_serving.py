@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -219,16 +220,20 @@ def serving(folder: Path, start: str) -> Iterator[str]:
             raise
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A folder with the checkpoint `my_model`, and the address of the server that the page's command starts there."""
+@pytest.fixture(scope="module", params=["one by one", "continuous batching"])
+def served(request, tmp_path_factory):
+    """A folder with the checkpoint `my_model`, and the address of a server that the page's command starts there."""
+    together = request.param == "continuous batching"
+    if together and not find_spec("transformers.generation.continuous_batching.cache_allocators"):
+        pytest.skip("needs transformers 5.23 or later")
     folder = tmp_path_factory.mktemp("served")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "my_model")
     small_model(5, vocab_size=4096, hidden_size=32, dtype=torch.float32).save_pretrained(folder / "my_model")
-    (start,) = (line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py"))
+    starts = [line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py")]
+    (start,) = (line for line in starts if ("--continuous-batching" in line) == together)
     assert shlex.split(start)[2] == "my_model"
     with serving(folder, start) as address:
         yield folder, address
@@ -287,6 +292,35 @@ def test_the_server_answers(served):
 
 
 @pytest.mark.processes
+def test_clients_at_once_get_what_each_gets_alone(served):
+    """Twelve of them, of which every third leaves before its answer is whole."""
+    folder, address = served
+    model = AutoModelForCausalLM.from_pretrained(folder / "my_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "my_model")
+    answers = {}
+
+    def client(number: int) -> None:
+        body = {"prompt": PROMPTS[number % len(PROMPTS)] * (1 + number % 3), "max_tokens": NEW, "temperature": 0}
+        if number % 3 == 2:
+            data = json.dumps({**body, "max_tokens": 200, "stream": True}).encode()
+            request = urllib.request.Request(address + "/v1/completions", data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=120) as response:
+                response.read(10)
+            return
+        answers[number] = body["prompt"], json.loads(ask(address, "/v1/completions", body))["choices"][0]["text"]
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(12)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(timeout=300)
+    assert sorted(answers) == [number for number in range(12) if number % 3 != 2]
+    for prompt, text in answers.values():
+        assert text == greedy(model, tokenizer, prompt)
+    assert json.loads(ask(address, "/health")) == {"status": "ok"}
+
+
+@pytest.mark.processes
 def test_the_pages_request_is_answered(served):
     _, address = served
     (request,) = (line for line in commands("docs/serving.md") if line.startswith("curl"))
@@ -298,7 +332,7 @@ def test_the_pages_request_is_answered(served):
 
 
 def test_every_command_of_the_page_is_run():
-    assert [line.split()[0] for line in commands("docs/serving.md")] == ["python", "curl"]
+    assert [line.split()[0] for line in commands("docs/serving.md")] == ["python", "curl", "python"]
 
 
 @pytest.fixture
@@ -321,12 +355,6 @@ def test_the_class_is_put_where_the_server_looks(monkeypatch, library):
 def test_the_library_alone_does_not_find_the_class(library):
     """What scripts/serve.py is for: once this fails, the script can go."""
     assert not hasattr(library, "SpiralFormerForCausalLM")
-
-
-def test_continuous_batching_is_refused_before_the_server_starts(monkeypatch):
-    monkeypatch.setattr(serve, "app", lambda argv: pytest.fail("the server was started"))
-    with pytest.raises(ValueError, match="`--continuous-batching` must be left out"):
-        serve.main(["my_model", "--continuous-batching"])
 
 
 # -- other engines ----------------------------------------------------------------------------------------------------
@@ -356,11 +384,6 @@ def test_the_attention_of_engines_is_refused(engine):
             small_model().set_attn_implementation(engine)
     finally:
         del AttentionInterface._global_mapping[engine]
-
-
-def test_continuous_batching_in_memory_is_refused():
-    with pytest.raises(NotImplementedError, match="Continuous batching is not supported"):
-        small_model().generate_batch([[3, 4, 5]], max_new_tokens=2)
 
 
 def test_a_chat_needs_a_template():
