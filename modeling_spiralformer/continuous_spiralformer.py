@@ -21,6 +21,7 @@ Shape letters: N new tokens of all requests, K latents that fill, G tokens in a 
 """
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,6 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
 from transformers.generation.continuous_batching import ContinuousBatchingManager, initialization
-from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from .batch_spiralformer import Rows
@@ -37,6 +37,7 @@ from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
 from .paging_spiralformer import kept_counts, plan_step
 
+library_cache = sys.modules[PagedAttentionCache.__module__]
 TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these blocks are for
 # Two names of the library's modules `cache` and `initialization` say of which class a paged cache builds its blocks.
 # They are private: tests/model/test_continuous_batching.py tells when they move.
