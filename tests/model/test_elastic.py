@@ -18,6 +18,7 @@ from reference import reference_logits
 from support import large_weights, make_exact, pad_rows, random_ids, small_config, small_model
 from test_devices import one_device_each
 from transformers import CompileConfig, DynamicCache, StaticCache
+from views import renamed
 
 from modeling_spiralformer import (
     SpiralFormerForCausalLM,
@@ -48,26 +49,6 @@ def numbers(view) -> list[int]:
         (4, 1): [1, 4],
         (7, 4, 2, 4, 1): [0, 1, 2, 3, 4],
     }[tuple(view.config.chunk_sizes)]
-
-
-def renamed(model, iterations: list[int]) -> dict[str, torch.Tensor]:
-    """The parameters of those iterations, by the names that they have in a model of these iterations alone."""
-    config, weights = model.config, {}
-    own = {"resolutions": dict(zip(iterations, range(9), strict=False))}
-    own["write"] = own["read"] = {0: 0} | {t + 1: i + 1 for i, t in enumerate(iterations)}
-    own["core"] = {i: i for i in range(config.num_core_layers)}
-    if not config.share_core:
-        size = config.num_core_layers
-        own["core"] = {t * size + k: i * size + k for i, t in enumerate(iterations) for k in range(size)}
-    for name, weight in model.state_dict().items():
-        parts = name.split(".")
-        for place, part in enumerate(parts[:-1]):
-            if part in own and name.startswith("model."):
-                number = own[part].get(int(parts[place + 1]))
-                parts[place + 1] = str(number)
-        if "None" not in parts:
-            weights[".".join(parts)] = weight
-    return weights
 
 
 def standalone(model, view) -> SpiralFormerForCausalLM:
