@@ -6,6 +6,7 @@ import pickle
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import accelerate
 import peft
@@ -17,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from reference import reference_logits
 from support import large_weights, make_exact, pad_rows, random_ids, small_config, small_model
 from test_devices import one_device_each
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, StaticCache
 from views import renamed
 
 from modeling_spiralformer import (
@@ -424,14 +425,34 @@ def test_the_commands_of_the_page_run(workplace):
         shutil.copy(ROOT / "docs" / "limits.md", workplace / "boolq_wiki" / f"{name}.txt")
     few = {"train.py": "--max_steps 2 --block_size 32 --report_to none --use_cpu --max_eval_samples 4"}
     few["compare_schedules.py"] = "--length 16 --sequences 4 --prompts 2 --new_tokens 9"
+    printed = {}
     for command in commands("docs/elastic.md"):
         script = command.split()[1].removeprefix("scripts/")
-        run([sys.executable, *shlex.split(f"{command} {few.get(script, '')}")[1:]], workplace)
+        printed[script] = run([sys.executable, *shlex.split(f"{command} {few.get(script, '')}")[1:]], workplace)
     metrics = json.loads((workplace / "runs/elastic/eval_results.json").read_text())
     assert {"eval_loss", "eval_8-4-2_loss", "eval_8-4_loss", "eval_1_loss"} <= metrics.keys()
     written = json.loads((workplace / "runs/elastic.json").read_text())["rows"]
     assert [row["layer_equivalents"] for row in written] == [5.75, 3.75, 2.75, 2.25, 4.25, 4.0]
     assert all(0 <= row["accepted"] <= 1 <= row["tokens_per_call"] for row in written[1:])
+    check_example(printed["examples/elastic.py"], workplace / "runs/elastic")
+
+
+def check_example(printed: str, checkpoint: Path) -> None:
+    """What the example prints of the model and three views: cost, loss and text; then the text that each drafts."""
+    model, tokenizer = (kind.from_pretrained(checkpoint) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer("def add(a, b):\n    return", return_tensors="pt")
+    layers = {(8, 4, 2, 1): 5.75, (8, 4, 2): 3.75, (8, 4): 2.75, (1,): 4.0}
+    expected = []
+    for sizes, count in layers.items():
+        view = model.with_schedule(sizes)
+        with torch.no_grad():
+            loss = view(**prompt, labels=prompt["input_ids"]).loss
+        tokens = view.generate(**prompt, max_new_tokens=20, do_sample=False, use_cache=False)
+        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(f"{list(sizes)}: {count:.2f} layers for a token, loss {loss:.3f}, {text!r}")
+    drafted = [f"drafted by {list(sizes)}: the model's text" for sizes in list(layers)[1:]]
+    assert printed.splitlines()[-7:] == expected + drafted
+    assert len(set(expected)) == 4
 
 
 # -- generation -----------------------------------------------------------------
