@@ -261,6 +261,26 @@ def test_the_attention_of_both_is_one(who):
             assert len(outputs.attentions) == (one.config.num_hidden_layers if implementation == "eager" else 0)
 
 
+@torch.no_grad()
+def test_the_configuration_of_a_view_does_not_hear_of_the_models_attention():
+    """A model does not know its views: the field of a view is what was last set there. Its attention is the model's."""
+    model, ids = parent(dtype=torch.float32), random_ids(1, 9)
+    view, other = model.with_schedule([4, 1]), model.with_schedule([1])
+
+    def computed_by(one) -> str:
+        return "eager" if one(ids, output_attentions=True).attentions else "sdpa"
+
+    model.set_attn_implementation("eager")
+    assert [computed_by(one) for one in (model, view, other)] == ["eager"] * 3
+    assert view.config._attn_implementation == other.config._attn_implementation == "sdpa"
+    view.set_attn_implementation("sdpa")  # what its own field says already
+    assert [computed_by(one) for one in (model, view, other)] == ["sdpa"] * 3
+    view.set_attn_implementation("eager")
+    assert [computed_by(one) for one in (model, view, other)] == ["eager"] * 3
+    assert model.config._attn_implementation == "eager"
+    assert computed_by(model.with_schedule([4, 1])) == "eager"
+
+
 @pytest.mark.parametrize("first", ["model", "view"])
 @torch.no_grad()
 def test_states_are_recorded_once(first):
