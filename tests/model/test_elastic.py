@@ -263,7 +263,7 @@ def test_the_attention_of_both_is_one(who):
 
 @torch.no_grad()
 def test_the_configuration_of_a_view_does_not_hear_of_the_models_attention():
-    """A model does not know its views: the field of a view is what was last set there. Its attention is the model's."""
+    """A model does not know its views: their field is what was last set there. Their attention is the model's."""
     model, ids = parent(dtype=torch.float32), random_ids(1, 9)
     view, other = model.with_schedule([4, 1]), model.with_schedule([1])
 
