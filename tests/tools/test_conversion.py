@@ -27,6 +27,7 @@ import compare_starts
 from convert import ConversionArguments, convert
 from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop import starts
 from workshop.conversion import (
     default_core_layers,
@@ -405,9 +406,11 @@ def library_text(names: list[str], path) -> str:
     return str(path)
 
 
-def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
+def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(family, tmp_path):
     (losses,) = compare_starts.main(
         starts.ComparisonArguments(
+            layer_family=family,
             hidden_size=32,
             num_hidden_layers=6,
             config_overrides="num_prelude_layers=1,num_core_layers=2,num_coda_layers=1,chunk_sizes=[4,2,1]",
@@ -429,6 +432,24 @@ def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
     assert converted[0] - source[0] < 0.2 * gained
     assert converted[1] < converted[0] and random[1] - converted[1] > 0.5 * gained
     assert list(losses) == ["source", "converted", "random"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_source_of_a_comparison_has_the_layers_that_are_asked_for(family):
+    source = starts.new_source(starts.ComparisonArguments(layer_family=family), VOCAB)
+    assert type(source.config) is FAMILIES[family].config_class
+    matrices = [weight for name, weight in source.named_parameters() if ".mlp." in name and weight.dim() == 2]
+    size = sum(weight.numel() for weight in matrices) / source.config.num_hidden_layers
+    assert abs(size / (8 * 64**2) - 1) < 0.01  # an MLP of GPT-NeoX, at this width
+    converted = starts.starts(source, {"num_core_layers": 2, "chunk_sizes": [4, 1]})["converted"]()
+    assert converted.config.layer_family == family
+    if family != "gpt_neox":
+        assert (converted.config.num_key_value_heads, converted.config.head_dim) == (2, 16)
+
+
+def test_a_family_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="`layer_family` must be one of .'gpt_neox', 'llama', 'qwen3'.*got 'mamba'"):
+        starts.ComparisonArguments(layer_family="mamba")
 
 
 def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
