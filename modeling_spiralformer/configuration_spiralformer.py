@@ -522,10 +522,11 @@ class SpiralFormerConfig(PreTrainedConfig):
                 refuse(source, parameters, "None or a dict")
             for name, value in (parameters or {}).items():
                 name = NESTED_ROPE_NAMES.get(name, name)
+                field = source if source in LEGACY_ROPE_NAMES else f"{source}[{name!r}]"
                 if isinstance(value, dict):
-                    refuse(f"{source}[{name!r}]", value, "one value for all layers")
+                    refuse(field, value, "one value for all layers")
                 if value is not None and merged.setdefault(name, value) != value:
-                    refuse(f"{source}[{name!r}]", value, f"given once, and was {merged[name]!r} before")
+                    refuse(field, value, f"given once, and was {merged[name]!r} before")
         share = FAMILIES[self.layer_family].partial_rotary_factor or 1.0
         self.rope_parameters = {"rope_theta": 10000.0, "partial_rotary_factor": share, **merged}
         self.standardize_rope_params()

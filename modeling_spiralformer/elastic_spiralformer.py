@@ -31,6 +31,7 @@ from .configuration_spiralformer import SpiralFormerConfig
 KEPT_BY_MODEL = [
     *("hf_quantizer", "is_quantized", "quantization_method", "peft_config", "_hf_peft_config_loaded"),
     *("_loss_function", "hf_device_map"),
+    *("_tp_size", "_tp_plan", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers"),
 ]
 
 

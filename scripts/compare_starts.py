@@ -1,6 +1,6 @@
-"""Measures what a conversion is worth: held-out loss of a GPT-NeoX, of models converted from it, and of a new one.
+"""Measures what a conversion is worth: held-out loss of a plain model, of models converted from it, and of a new one.
 
-python scripts/compare_starts.py
+python scripts/compare_starts.py --layer_family llama
 """
 
 from transformers import AutoTokenizer, HfArgumentParser

@@ -1,7 +1,7 @@
-"""What a conversion is worth: held-out loss of a GPT-NeoX, of models converted from it, and of a new one.
+"""What a conversion is worth: held-out loss of a plain model, of models converted from it, and of a new one.
 
-Trains a small GPT-NeoX on the source of the Python standard library, starts SpiralFormers of one configuration from it
-and from random weights, and trains each of them for the same few steps on the same blocks of text.
+Trains a small GPT-NeoX, Llama or Qwen3 on the source of the Python standard library, starts SpiralFormers of one
+configuration from it and from random weights, and trains each for the same few steps on the same blocks of text.
 """
 
 import math
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    GPTNeoXConfig,
     PreTrainedModel,
     Trainer,
     default_data_collator,
     set_seed,
 )
 
+from modeling_spiralformer.configuration_spiralformer import refuse
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.checkpoints import parse_overrides
 from workshop.conversion import to_spiralformer
 from workshop.files import ROOT, check_folder
@@ -32,7 +33,10 @@ OUTPUT = ROOT / "runs" / "compare_starts"  # Trainer makes it, and nothing is sa
 class ComparisonArguments:
     """The source, the split, and how long everything is trained."""
 
-    hidden_size: int = field(default=64, metadata={"help": "Width of all models, with 4 heads."})
+    layer_family: str = field(
+        default="gpt_neox", metadata={"help": "Whose layers the source has.", "choices": [*FAMILIES]}
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Width of all models, with 4 heads of queries."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Layers of the source."})
     config_overrides: str = field(
         default="num_prelude_layers=2,num_core_layers=4,num_coda_layers=2,chunk_sizes=[8,4,2,1]",
@@ -51,6 +55,8 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One source and comparison each."})
 
     def __post_init__(self):
+        if self.layer_family not in FAMILIES:
+            refuse("layer_family", self.layer_family, f"one of {[*FAMILIES]}")
         check_counts(self, "hidden_size", "num_hidden_layers", "source_steps", "max_steps", "block_size", "batch_size")
         check_counts(self, "max_eval_samples")
         check_numbers(self, source_learning_rate=(0, math.inf), learning_rate=(0, math.inf))
@@ -61,17 +67,21 @@ class ComparisonArguments:
 
 
 def new_source(arguments: ComparisonArguments, vocab_size: int) -> PreTrainedModel:
-    """A GPT-NeoX with random weights, for the tokenizer in `tokenization/`."""
-    config = GPTNeoXConfig(
+    """A model of the family with random weights, for the tokenizer in `tokenization/`."""
+    family, width = FAMILIES[arguments.layer_family], arguments.hidden_size
+    sizes = {"intermediate_size": 4 * width}
+    if "num_key_value_heads" in family.fields():  # queries in pairs, and a gated MLP of as many parameters
+        sizes = {"intermediate_size": round(8 / 3 * width), "num_key_value_heads": 2, "head_dim": width // 4}
+    config = family.config_class(
         vocab_size=vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
+        hidden_size=width,
         num_attention_heads=4,
         num_hidden_layers=arguments.num_hidden_layers,
         max_position_embeddings=1024,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **sizes,
     )
     return AutoModelForCausalLM.from_config(config)
 

@@ -7,8 +7,9 @@ import torch
 from histories import History
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support import model_options, pad_rows, ragged_pads, random_ids, small_config, small_model
+from support import pad_rows, ragged_pads, random_ids, small_config, small_model
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
+from views import models_and_views
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.layers_spiralformer import FAMILIES
@@ -20,11 +21,12 @@ for_dynamic_caches = precondition(lambda machine: not machine.history.static)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Hypothesis chooses a model, ragged rows and operations, each followed by tokens that `History` compares."""
+    """Hypothesis chooses a model or a view, ragged rows and operations, each followed by tokens `History` compares."""
 
-    @initialize(options=model_options(), pads=ragged_pads(), static=st.booleans(), record=st.booleans())
-    def start(self, options, pads, static, record):
-        self.history = History(options, pads, static)
+    @initialize(chosen=models_and_views(), pads=ragged_pads(), static=st.booleans(), record=st.booleans())
+    def start(self, chosen, pads, static, record):
+        options, part = chosen
+        self.history = History(options, pads, static, part)
         if record and not static:
             self.history.record()
 

@@ -1,6 +1,7 @@
 """The cache tests must be able to fail: deliberate bugs, each of which a random history has to catch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from histories import random_history
 from support import small_config
 from transformers import DynamicCache
 
-from modeling_spiralformer import batch_spiralformer, cache_spiralformer, modeling_spiralformer, storage_spiralformer
+from modeling_spiralformer import (
+    batch_spiralformer,
+    cache_spiralformer,
+    elastic_spiralformer,
+    modeling_spiralformer,
+    storage_spiralformer,
+)
 from modeling_spiralformer.batch_spiralformer import LeftPadding
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
@@ -22,13 +29,17 @@ MODELS = (
     {"chunk_sizes": [3], "num_core_layers": 1, "chunk_offsets": [2], "topology": "residual"},
     {"chunk_sizes": [4, 1], "num_core_layers": 1, "layer_family": "llama"},
     {"chunk_sizes": [5, 2], "num_core_layers": 1, "layer_family": "qwen3", "topology": "anchor"},
+    {"chunk_sizes": [4, 2, 4, 1], "num_core_layers": 1, "part": [4, 1]},
+    {"chunk_sizes": [1, 3, 5], "num_core_layers": 1, "chunk_offsets": [0, 2, 1], "share_core": False, "part": [3, 5]},
 )
 HISTORIES = 60
 
 
 def run_histories() -> None:
     for seed in range(HISTORIES):
-        random_history(MODELS[seed % len(MODELS)], seed, static=seed % 4 == 3)
+        options = dict(MODELS[seed % len(MODELS)])
+        part = options.pop("part", None)  # chunk sizes of a view of the model
+        random_history(options, seed, static=seed % 4 == 3, part=part)
 
 
 def no_operation(self, *args) -> None:
@@ -151,6 +162,28 @@ def family_with(**changes):
     return {name: family if name == "gpt_neox" else replace(family, **changes) for name, family in FAMILIES.items()}
 
 
+def latest_iterations_that_fit(config, chunk_sizes):
+    backwards = SimpleNamespace(chunk_sizes=config.chunk_sizes[::-1])
+    last = len(config.chunk_sizes) - 1
+    return [last - t for t in reversed(ORIGINAL["choose_iterations"](backwards, chunk_sizes[::-1]))]
+
+
+def offsets_of_the_default(config, iterations):
+    chosen = ORIGINAL["view_config"](config, iterations)
+    chosen.chunk_offsets = None
+    return chosen
+
+
+def coda_in_the_entries_of_the_model(view, body, iterations):
+    ORIGINAL["_share_body"](view, body, iterations)
+    view.coda_offset = body.coda_offset
+
+
+def core_in_the_entries_of_the_model(view, body, iterations):
+    ORIGINAL["_share_body"](view, body, iterations)
+    view.core_offsets = [body.core_offsets[t] for t in iterations]
+
+
 ORIGINAL = {
     "bind": SpiralFormerLatentLayer.bind,
     "crop": ResolutionState.crop,
@@ -161,6 +194,9 @@ ORIGINAL = {
     "_read_mask": batch_spiralformer._read_mask,
     "open_tokens": ChunkGrid.open_tokens,
     "read_position": ChunkGrid.read_position,
+    "choose_iterations": elastic_spiralformer.choose_iterations,
+    "view_config": elastic_spiralformer.view_config,
+    "_share_body": elastic_spiralformer._share_body,
 }
 
 MUTATIONS = {
@@ -229,6 +265,23 @@ MUTATIONS = {
         modeling_spiralformer,
         "FAMILIES",
         family_with(cache_argument=FAMILIES["gpt_neox"].cache_argument),
+    ),
+    # Of views alone. The first two change cached and uncached forwards alike: the reference tells.
+    "a view of the latest iterations that fit": (
+        elastic_spiralformer,
+        "choose_iterations",
+        latest_iterations_that_fit,
+    ),
+    "a view whose offsets are the default": (elastic_spiralformer, "view_config", offsets_of_the_default),
+    "the coda of a view in the entries of its model": (
+        elastic_spiralformer,
+        "_share_body",
+        coda_in_the_entries_of_the_model,
+    ),
+    "the core of a view in the entries of its model": (
+        elastic_spiralformer,
+        "_share_body",
+        core_in_the_entries_of_the_model,
     ),
     "room outlives a change of rows": (storage_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
 }

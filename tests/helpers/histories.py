@@ -8,8 +8,10 @@ import copy
 import random
 
 import torch
+from reference import reference_logits
 from support import VOCAB, seeded, small_model
 from transformers import DynamicCache, StaticCache
+from views import fields_of, iterations_of, renamed
 
 TOLERANCE = 1e-9
 STATIC_COLUMNS = 61
@@ -22,10 +24,17 @@ class History:
         options: of the model.
         pads: left padding of each row, in columns; a row may still be all padding after the first feedings.
         static: a static cache of `STATIC_COLUMNS` columns; what it has no room for is not fed.
+        part: chunk sizes of a view of the model, which then stands in its place. Its first logits are also compared
+            with the slow reference, as its own uncached forward is made of the same modules.
     """
 
-    def __init__(self, options: dict, pads: list[int], static: bool = False):
+    def __init__(self, options: dict, pads: list[int], static: bool = False, part: list[int] | None = None):
         self.model = small_model(**options)
+        self.reference: tuple | None = None
+        if part is not None:
+            iterations = iterations_of(self.model.config.chunk_sizes, part)
+            self.reference = fields_of(self.model.config, iterations), renamed(self.model, iterations)
+            self.model = self.model.with_schedule(part)
         self.generator = seeded(0)
         self.static = static
         if static:
@@ -64,6 +73,16 @@ class History:
         real = self.mask()[:, start:].bool()
         difference = (cached - expected)[real].abs()
         assert not len(difference) or difference.max() < TOLERANCE, f"off by {difference.max():.2e}"
+        if self.reference is not None and start == 0 and real.any():
+            self._compare_with_reference(expected)
+
+    def _compare_with_reference(self, logits: torch.Tensor) -> None:
+        """Compares the longest row of a first call with the equations, once in a history."""
+        row = int(self.pads.argmin())
+        slow = reference_logits(*self.reference, self.ids[row, self.pads[row] :])
+        self.reference = None
+        difference = (logits[row, self.pads[row] :] - slow).abs().max()
+        assert difference < TOLERANCE, f"a view is off the reference by {difference:.2e}"
 
     def record(self) -> None:
         if self.recorded_from is None:
@@ -126,10 +145,12 @@ def random_pads(choose: random.Random) -> list[int]:
 DYNAMIC_ONLY = ["crop"] * 2 + ["select", "repeat", "record", "stop recording"]
 
 
-def random_history(options: dict, seed: int, static: bool = False, steps: int = 14) -> None:
+def random_history(
+    options: dict, seed: int, static: bool = False, part: list[int] | None = None, steps: int = 14
+) -> None:
     """Plays `steps` random operations on ragged rows; raises where the cache is wrong."""
     choose = random.Random(seed)
-    history = History(options, random_pads(choose), static)
+    history = History(options, random_pads(choose), static, part)
     if choose.random() < 0.6 and not static:
         history.record()
     for _ in range(steps):

@@ -14,6 +14,8 @@ MODELS = {
     "qwen3": {"layer_family": "qwen3", "num_key_value_heads": 2, "head_dim": 6, "chunk_sizes": [3, 1]},
     "plain": {"layer_family": "llama", "num_key_value_heads": 2, "chunk_sizes": [], "num_core_layers": 0},
 }
+# Chunk sizes of the view that each model is asked through as well.
+PARTS = {"gpt_neox": [4, 1], "llama": [2, 1], "qwen3": [1]}
 SEARCHES = {
     "greedy": {},
     "static": {"cache_implementation": "static", "disable_compile": True},
@@ -24,6 +26,16 @@ SEARCHES = {
 def make_model(name: str):
     """The model of that name, whole."""
     return support.small_model(num_attention_heads=4, hidden_size=32, dtype=torch.float64, **MODELS[name])
+
+
+def all_answers(model, name: str) -> dict[str, torch.Tensor]:
+    """`answers` of the model of that name, and of its view."""
+    found = answers(model)
+    if name in PARTS:
+        model.zero_grad()
+        view = model.eval().with_schedule(PARTS[name])
+        found |= {f"view, {what}": value for what, value in answers(view).items()}
+    return found
 
 
 def answers(model) -> dict[str, torch.Tensor]:
@@ -51,18 +63,24 @@ def answers(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def answer(folder: str, result: str, how: dict) -> None:
+def answer(name: str, folder: str, result: str, how: dict) -> None:
     """What one of several processes does: answers by its part of the model in the folder; the first writes them.
 
     Args:
+        name: of the model.
         how: what `from_pretrained` is told beside the folder.
     """
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     model = support.make_exact(AutoModelForCausalLM.from_pretrained(folder, **how))
-    found = answers(model.eval())
+    found = all_answers(model.eval(), name)
+    found |= {"tp_plan": model.tp_plan, "weights": own_weights(model)}
+    if name in PARTS:
+        view = model.with_schedule(PARTS[name])
+        view.save_pretrained(f"{folder}, view")  # every process: the shares are gathered
+        found |= {"processes of the view": view.tp_size, "tp_plan of the view": view.tp_plan}
     if torch.distributed.get_rank() == 0:
-        torch.save(found | {"tp_plan": model.tp_plan, "weights": own_weights(model)}, result)
+        torch.save(found, result)
 
 
 def own_weights(model) -> dict[str, int]:

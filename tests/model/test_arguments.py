@@ -7,9 +7,17 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_spiralformer import SpiralFormerForSequenceClassification
 from modeling_spiralformer.cache_name_spiralformer import CHECKPOINTED_LAYERS_KEEP_CACHE
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 LOOP, NO_LOOP = {"chunk_sizes": [5, 3, 1]}, {"chunk_sizes": [], "num_core_layers": 0}
 schedule = pytest.mark.parametrize("options", [LOOP, NO_LOOP], ids=["loop", "no loop"])
+# Where a call reaches the layers with a cache: each family gives it to them under its own name, of heads of its own.
+CASES = {
+    f"{name}, {family}": options | {"layer_family": family}
+    for family in FAMILIES
+    for name, options in (("loop", LOOP), ("no loop", NO_LOOP))
+}
+schedule_and_family = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 SEARCH = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -83,7 +91,7 @@ def test_positions_of_padded_rows(options, side):
 
 
 @pytest.mark.host
-@schedule
+@schedule_and_family
 def test_positions_of_padded_rows_over_a_cache(options):
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (13, 4, 9)], "left")
     model, positions = small_model(**options), (mask.cumsum(-1) - 1).clamp(min=0)
@@ -140,7 +148,7 @@ def checkpointed(**options):
     return model.train()
 
 
-@schedule
+@schedule_and_family
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("static", [False, True])
 def test_generate_while_training_with_checkpointing(options, padded, static):
@@ -156,7 +164,7 @@ def test_generate_while_training_with_checkpointing(options, padded, static):
             model.generate(ids, attention_mask=mask, **kept, **SEARCH)
 
 
-@schedule
+@schedule_and_family
 def test_a_cache_given_while_training_with_checkpointing(options):
     model, text = checkpointed(**options), random_ids(1, 20)
     cache = filled(model.eval(), text[:, :12])
@@ -174,7 +182,7 @@ def test_a_cache_given_while_training_with_checkpointing(options):
                 model(text[:, 12:], past_key_values=cache)
 
 
-@schedule
+@schedule_and_family
 def test_a_cache_given_while_training_without_checkpointing(options):
     """Nothing is replayed: the cache counts, gradients flow through what is new."""
     model, text = small_model(**options).train(), random_ids(1, 20)
@@ -185,8 +193,9 @@ def test_a_cache_given_while_training_without_checkpointing(options):
     assert all(parameter.grad is not None for parameter in model.model.coda.parameters())
 
 
-def test_heads_refuse_a_cache_while_training_with_checkpointing():
-    model = large_weights(SpiralFormerForSequenceClassification(small_config())).double()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_refuse_a_cache_while_training_with_checkpointing(family):
+    model = large_weights(SpiralFormerForSequenceClassification(small_config(layer_family=family))).double()
     cache = DynamicCache(config=model.config)
     model.model(random_ids(1, 5), past_key_values=cache)
     model.gradient_checkpointing_enable()
@@ -226,7 +235,7 @@ def test_a_continued_batch_with_pad_ids_inside_its_rows(options, chunk):
     check_whole(cache, 10)
 
 
-@schedule
+@schedule_and_family
 @pytest.mark.parametrize("length", [14, 11])
 def test_a_continued_batch_without_pad_ids_needs_no_mask(options, length):
     model, text = small_model(**options), random_ids(2, length)
@@ -247,7 +256,7 @@ def test_assisted_decoding_of_a_prompt_that_holds_the_pad_id(options, places):
         assert torch.equal(tokens, expected)
 
 
-@schedule
+@pytest.mark.parametrize("options", [LOOP, NO_LOOP, CASES["loop, llama"]], ids=["loop", "no loop", "loop, llama"])
 def test_assisted_decoding_of_a_padded_prompt(options):
     model, (ids, mask) = small_model(**options), pad_rows([random_ids(1, 11)[0]], "left", total=16)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
@@ -282,7 +291,7 @@ def test_a_prompt_that_the_cache_has_no_room_for(options, chunk, held, given):
         check_whole(cache, held)
 
 
-@schedule
+@schedule_and_family
 def test_new_tokens_alone_with_a_mask_of_all_columns(options):
     model, text = small_model(**options), random_ids(1, 13)
     expected = model.generate(text, use_cache=False, **SEARCH)[:, 13:]
@@ -359,10 +368,12 @@ def test_logits_to_keep(cached):
 # -- recording ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_recording_that_the_library_switches_off_stops(padded):
+@pytest.mark.parametrize(
+    ("padded", "family"), [(False, "gpt_neox"), (True, "gpt_neox"), (True, "llama"), (True, "qwen3")]
+)
+def test_recording_that_the_library_switches_off_stops(padded, family):
     """The library sets the flag of the layers itself where it hands a cache back: no states pile up after that."""
-    model = small_model(chunk_sizes=[5, 3, 1])
+    model = small_model(chunk_sizes=[5, 3, 1], layer_family=family)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in ((12, 5) if padded else (12, 12))], "left")
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()

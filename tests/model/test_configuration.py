@@ -223,6 +223,18 @@ def test_contradicting_rotary_parameters_are_refused():
         small_config(rope_parameters={"full_attention": {"rope_theta": 500.0}})
 
 
+@pytest.mark.parametrize("name", ["partial_rotary_factor", "rotary_pct", "rope_theta"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_a_rotary_parameter_that_contradicts_a_checkpoint_is_named_once(family, name, tmp_path):
+    """Also where the family has no such thing: a Llama turns whole heads."""
+    config = small_config(layer_family=family)
+    config.save_pretrained(tmp_path)
+    was = config.rope_parameters[name.replace("rotary_pct", "partial_rotary_factor")]
+    with pytest.raises(ValueError) as error:
+        SpiralFormerConfig.from_pretrained(tmp_path, **{name: 0.5})
+    assert str(error.value) == f"`{name}` must be given once, and was {was} before, but got 0.5."
+
+
 def test_rope_scaling_given_on_loading(tmp_path):
     small_model(dtype=torch.float32).save_pretrained(tmp_path)
     scaled = SpiralFormerForCausalLM.from_pretrained(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})

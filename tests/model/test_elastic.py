@@ -6,6 +6,7 @@ import pickle
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import accelerate
 import peft
@@ -17,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from reference import reference_logits
 from support import large_weights, make_exact, pad_rows, random_ids, small_config, small_model
 from test_devices import one_device_each
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from views import renamed
 
 from modeling_spiralformer import (
     SpiralFormerForCausalLM,
@@ -48,26 +50,6 @@ def numbers(view) -> list[int]:
         (4, 1): [1, 4],
         (7, 4, 2, 4, 1): [0, 1, 2, 3, 4],
     }[tuple(view.config.chunk_sizes)]
-
-
-def renamed(model, iterations: list[int]) -> dict[str, torch.Tensor]:
-    """The parameters of those iterations, by the names that they have in a model of these iterations alone."""
-    config, weights = model.config, {}
-    own = {"resolutions": dict(zip(iterations, range(9), strict=False))}
-    own["write"] = own["read"] = {0: 0} | {t + 1: i + 1 for i, t in enumerate(iterations)}
-    own["core"] = {i: i for i in range(config.num_core_layers)}
-    if not config.share_core:
-        size = config.num_core_layers
-        own["core"] = {t * size + k: i * size + k for i, t in enumerate(iterations) for k in range(size)}
-    for name, weight in model.state_dict().items():
-        parts = name.split(".")
-        for place, part in enumerate(parts[:-1]):
-            if part in own and name.startswith("model."):
-                number = own[part].get(int(parts[place + 1]))
-                parts[place + 1] = str(number)
-        if "None" not in parts:
-            weights[".".join(parts)] = weight
-    return weights
 
 
 def standalone(model, view) -> SpiralFormerForCausalLM:
@@ -279,6 +261,26 @@ def test_the_attention_of_both_is_one(who):
             assert len(outputs.attentions) == (one.config.num_hidden_layers if implementation == "eager" else 0)
 
 
+@torch.no_grad()
+def test_the_configuration_of_a_view_does_not_hear_of_the_models_attention():
+    """A model does not know its views: their field is what was last set there. Their attention is the model's."""
+    model, ids = parent(dtype=torch.float32), random_ids(1, 9)
+    view, other = model.with_schedule([4, 1]), model.with_schedule([1])
+
+    def computed_by(one) -> str:
+        return "eager" if one(ids, output_attentions=True).attentions else "sdpa"
+
+    model.set_attn_implementation("eager")
+    assert [computed_by(one) for one in (model, view, other)] == ["eager"] * 3
+    assert view.config._attn_implementation == other.config._attn_implementation == "sdpa"
+    view.set_attn_implementation("sdpa")  # what its own field says already
+    assert [computed_by(one) for one in (model, view, other)] == ["sdpa"] * 3
+    view.set_attn_implementation("eager")
+    assert [computed_by(one) for one in (model, view, other)] == ["eager"] * 3
+    assert model.config._attn_implementation == "eager"
+    assert computed_by(model.with_schedule([4, 1])) == "eager"
+
+
 @pytest.mark.parametrize("first", ["model", "view"])
 @torch.no_grad()
 def test_states_are_recorded_once(first):
@@ -443,70 +445,31 @@ def test_the_commands_of_the_page_run(workplace):
         shutil.copy(ROOT / "docs" / "limits.md", workplace / "boolq_wiki" / f"{name}.txt")
     few = {"train.py": "--max_steps 2 --block_size 32 --report_to none --use_cpu --max_eval_samples 4"}
     few["compare_schedules.py"] = "--length 16 --sequences 4 --prompts 2 --new_tokens 9"
+    printed = {}
     for command in commands("docs/elastic.md"):
         script = command.split()[1].removeprefix("scripts/")
-        run([sys.executable, *shlex.split(f"{command} {few.get(script, '')}")[1:]], workplace)
+        printed[script] = run([sys.executable, *shlex.split(f"{command} {few.get(script, '')}")[1:]], workplace)
     metrics = json.loads((workplace / "runs/elastic/eval_results.json").read_text())
     assert {"eval_loss", "eval_8-4-2_loss", "eval_8-4_loss", "eval_1_loss"} <= metrics.keys()
     written = json.loads((workplace / "runs/elastic.json").read_text())["rows"]
     assert [row["layer_equivalents"] for row in written] == [5.75, 3.75, 2.75, 2.25, 4.25, 4.0]
     assert all(0 <= row["accepted"] <= 1 <= row["tokens_per_call"] for row in written[1:])
+    check_example(printed["examples/elastic.py"], workplace / "runs/elastic")
 
 
-# -- generation -----------------------------------------------------------------
-
-GREEDY = {"max_new_tokens": 21, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
-@pytest.mark.parametrize("share_core", [True, False])
-def test_generation_from_padded_prompts(how, share_core):
-    model = parent(share_core=share_core)
-    view = model.with_schedule([7, 4, 1])
-    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (19, 14, 6)], "left")
-    given = {"attention_mask": mask, "repetition_penalty": 2.0, **GREEDY}
-    beams = {"num_beams": how.get("num_beams", 1)}
-    expected = [m.generate(ids, use_cache=False, **beams, **given) for m in (view, model)]
-    got = [m.generate(ids, **how, **given) for m in (view, model)]
-    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
-    assert not torch.equal(got[0], got[1])
-
-
-def test_a_compiled_model_and_its_compiled_view():
-    """Each compiles a graph of its own: the view must not run the graph of its model."""
-    torch._dynamo.reset()
-    model = small_model(chunk_sizes=[3, 1], num_core_layers=1)
-    view = model.with_schedule([1])
-    compiling = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    compiling._compile_all_devices = True
-    ids = random_ids(2, 9)
-    for one in (model, view):
-        expected = one.generate(ids, use_cache=False, **GREEDY)
-        got = one.generate(ids, cache_implementation="static", compile_config=compiling, **GREEDY)
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("draft", ["view", "model"])
-@pytest.mark.parametrize(
-    "options", [{}, {"share_core": False, "topology": "anchor", "layer_family": "llama"}], ids=str
-)
-def test_self_speculation_gives_the_greedy_tokens(draft, options):
-    model, ids = parent(**options), random_ids(1, 13)
-    view = model.with_schedule([7, 4, 1])
-    target, assistant = (model, view) if draft == "view" else (view, model)
-    assistant.generation_config.num_assistant_tokens = 5
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    expected = target.generate(ids, **GREEDY)
-    assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), expected)
-    assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), expected)  # nothing was left behind
-    assert torch.equal(target.generate(ids, use_cache=False, **GREEDY), expected)
-    assert len(expected.unique()) > 5
-
-
-def test_generation_settings_are_a_views_own():
-    model = parent()
-    model.generation_config.temperature = 0.5
-    view = model.with_schedule([4, 1])
-    assert view.generation_config.temperature == 0.5
-    view.generation_config.temperature = 0.7
-    assert model.generation_config.temperature == 0.5
+def check_example(printed: str, checkpoint: Path) -> None:
+    """What the example prints of the model and three views: cost, loss and text; then the text that each drafts."""
+    model, tokenizer = (kind.from_pretrained(checkpoint) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer("def add(a, b):\n    return", return_tensors="pt")
+    layers = {(8, 4, 2, 1): 5.75, (8, 4, 2): 3.75, (8, 4): 2.75, (1,): 4.0}
+    expected = []
+    for sizes, count in layers.items():
+        view = model.with_schedule(sizes)
+        with torch.no_grad():
+            loss = view(**prompt, labels=prompt["input_ids"]).loss
+        tokens = view.generate(**prompt, max_new_tokens=20, do_sample=False, use_cache=False)
+        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(f"{list(sizes)}: {count:.2f} layers for a token, loss {loss:.3f}, {text!r}")
+    drafted = [f"drafted by {list(sizes)}: the model's text" for sizes in list(layers)[1:]]
+    assert printed.splitlines()[-7:] == expected + drafted
+    assert len(set(expected)) == 4

@@ -1,11 +1,13 @@
 """Tensor parallelism by the library: two processes, each with half of the heads, answer as one does."""
 
+from pathlib import Path
+
 import pytest
 import tensor_parallel
 import torch
 from distributed_runs import in_processes
-from support import random_ids, small_config, small_model
-from transformers import DynamicCache
+from support import make_exact, random_ids, small_config, small_model
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
 from modeling_spiralformer import SpiralFormerForCausalLM
@@ -13,14 +15,19 @@ from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def in_two(tmp_path_factory) -> dict[str, dict]:
+def folder(tmp_path_factory) -> Path:
+    """Where the models are, and the views that two processes saved, `name, view`."""
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def in_two(folder) -> dict[str, dict]:
     """The answers of two processes by model."""
-    folder = tmp_path_factory.mktemp("parallel")
     runs = []
     for name in tensor_parallel.MODELS:
         tensor_parallel.make_model(name).save_pretrained(folder / name)
         how = {"tp_plan": "auto"} if name == "plain" else {"distributed_config": DistributedConfig(tp_size=2)}
-        runs.append({"folder": str(folder / name), "result": str(folder / f"{name}.pt"), "how": how})
+        runs.append({"name": name, "folder": str(folder / name), "result": str(folder / f"{name}.pt"), "how": how})
     in_processes(2, runs, work=tensor_parallel.answer)
     return {name: torch.load(folder / f"{name}.pt") for name in tensor_parallel.MODELS}
 
@@ -29,12 +36,26 @@ def in_two(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", tensor_parallel.MODELS)
 def test_two_processes_answer_as_one(name, in_two):
     model = tensor_parallel.make_model(name)
-    found, expected = in_two[name], tensor_parallel.answers(model)
-    assert {"greedy, tokens", "beams, logits", "gradient of model.embed_tokens.weight"} < expected.keys()
+    found, expected = in_two[name], tensor_parallel.all_answers(model, name)
+    asked = {"greedy, tokens", "beams, logits", "gradient of model.embed_tokens.weight"}
+    assert asked | {f"view, {what}" for what in asked if name in tensor_parallel.PARTS} < expected.keys()
     for what, value in expected.items():
         assert found[what].shape == value.shape, what
         bound = 1e-6 if value.dtype == torch.float32 else 1e-9  # `generate()` returns its logits in float32
         assert (found[what] - value).abs().max() < bound, what
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", tensor_parallel.PARTS)
+@torch.no_grad()
+def test_a_view_is_as_parallel_as_its_model_and_is_saved_whole(name, in_two, folder):
+    assert in_two[name]["processes of the view"] == 2
+    assert in_two[name]["tp_plan of the view"] == in_two[name]["tp_plan"]
+    saved = make_exact(AutoModelForCausalLM.from_pretrained(folder / f"{name}, view"))
+    view = tensor_parallel.make_model(name).with_schedule(tensor_parallel.PARTS[name])
+    assert saved.config.chunk_sizes == tensor_parallel.PARTS[name]
+    ids = random_ids(2, 17)
+    assert (saved(ids).logits - view(ids).logits).abs().max() < 1e-9
 
 
 @pytest.mark.processes
@@ -64,6 +85,12 @@ def test_the_plan_names_every_matrix_of_a_layer_and_no_part_that_is_missing(fami
     }
     of_layers = {name for name in matrices if name.startswith(("model.prelude.0.", "model.core.0."))}
     assert of_layers <= plan.keys() and len(of_layers) >= 8
+
+
+def test_a_plan_of_ones_own_is_that_of_the_views():
+    model = small_model()
+    model.tp_plan = {"lm_head": "colwise_gather_output"}
+    assert model.with_schedule([1]).tp_plan == {"lm_head": "colwise_gather_output"}
 
 
 def test_a_rule_of_ones_own_goes_along_and_is_not_saved(tmp_path):

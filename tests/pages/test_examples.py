@@ -12,6 +12,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 # Examples with a test of their own: the module that runs them, and the page whose commands it runs.
 ELSEWHERE = {
     "chat.py": ("tests/scripts/test_compare_generation.py", "docs/real_models.md"),
+    "elastic.py": ("tests/model/test_elastic.py", "docs/elastic.md"),
     "finetune.py": ("tests/scripts/test_finetuning.py", "docs/finetuning.md"),
     "lora.py": ("tests/scripts/test_finetuning.py", "docs/finetuning.md"),
     "push_and_pull.py": ("tests/helpers/hub_push.py", "docs/hub.md"),

@@ -1,6 +1,7 @@
 """Pipelines give what the model gives alone; `transformers serve` answers over HTTP; other engines are kept away."""
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -21,7 +22,7 @@ import transformers
 from datasets import Dataset
 from documents import ROOT, blocks, commands
 from packaging import version
-from support import large_weights, small_config, small_model
+from support import large_weights, make_exact, small_config, small_model
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -58,10 +59,15 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def text_model(family: str) -> SpiralFormerForCausalLM:
     """float64, weights of std 0.15; greedy texts of several different tokens."""
-    return small_model(5, vocab_size=4096, hidden_size=32)
+    return small_model(5, vocab_size=4096, hidden_size=32, layer_family=family)
+
+
+@pytest.fixture
+def model():
+    return text_model("gpt_neox")
 
 
 def greedy(model, tokenizer, prompt: str, count: int = NEW) -> str:
@@ -77,8 +83,11 @@ def greedy(model, tokenizer, prompt: str, count: int = NEW) -> str:
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_text_generation_in_ragged_batches(model, tokenizer, batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "family"), [(1, "gpt_neox"), (2, "gpt_neox"), (5, "gpt_neox"), (5, "llama"), (5, "qwen3")]
+)
+def test_text_generation_in_ragged_batches(tokenizer, batch_size, family):
+    model = text_model(family)
     expected = [greedy(model, tokenizer, prompt) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -118,9 +127,12 @@ def test_a_pipeline_streams(model, tokenizer, capsys):
     assert capsys.readouterr().out == greedy(model, tokenizer, PROMPTS[2]) + "\n"
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_features_in_ragged_batches(model, tokenizer, side):
-    tokenizer.padding_side = side
+SIDES = [("left", "gpt_neox"), ("right", "gpt_neox"), ("left", "llama"), ("right", "qwen3")]
+
+
+@pytest.mark.parametrize(("side", "family"), SIDES)
+def test_features_in_ragged_batches(tokenizer, side, family):
+    model, tokenizer.padding_side = text_model(family), side
     extractor = pipeline("feature-extraction", model=model.model, tokenizer=tokenizer)
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     assert len(set(lengths)) > 3
@@ -169,11 +181,11 @@ def test_text_classification_after_fine_tuning(tokenizer, tmp_path):
     assert [answer["label"] for answer in classifier(texts, batch_size=7)] == labels
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_classes_in_ragged_batches(tokenizer, side):
+@pytest.mark.parametrize(("side", "family"), SIDES)
+def test_classes_in_ragged_batches(tokenizer, side, family):
     tokenizer.padding_side = side
-    config = small_config(vocab_size=4096, num_labels=3)
-    model = large_weights(SpiralFormerForSequenceClassification(config)).double().eval()
+    config = small_config(vocab_size=4096, num_labels=3, layer_family=family)
+    model = make_exact(large_weights(SpiralFormerForSequenceClassification(config))).eval()
     classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)
     options = {"top_k": None, "function_to_apply": "none"}
     together, alone = classifier(PROMPTS, batch_size=len(PROMPTS), **options), classifier(PROMPTS, **options)

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset
 from documents import ROOT, commands
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
@@ -23,11 +22,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-import compare_starts
 from convert import ConversionArguments, convert
 from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
-from workshop import starts
 from workshop.conversion import (
     default_core_layers,
     parse_core_layers,
@@ -36,7 +33,6 @@ from workshop.conversion import (
     to_plain,
     to_spiralformer,
 )
-from workshop.corpus import SPLITS, standard_library_root
 
 LAYERS = 5
 # No field of the source at its default, so that none can be lost unseen.
@@ -372,84 +368,7 @@ def test_checkpoints_that_are_no_gpt_neox_language_model_are_refused(tmp_path):
             ConversionArguments(str(tmp_path / "spiral"), output, to="gpt_neox", **options)
 
 
-# -- what a conversion is worth, and the commands of the page -----------------------------------------------------
-
-
-TRAINED_ON = [
-    "argparse",
-    "ast",
-    "calendar",
-    "codecs",
-    "copy",
-    "datetime",
-    "difflib",
-    "functools",
-    "inspect",
-    "ipaddress",
-    "locale",
-    "optparse",
-    "pdb",
-    "pickle",
-    "random",
-    "socket",
-    "statistics",
-    "tarfile",
-    "threading",
-    "typing",
-]
-HELD_OUT = ["shutil", "subprocess", "tempfile"]
-
-
-def library_text(names: list[str], path) -> str:
-    path.write_text("\n".join((standard_library_root() / f"{name}.py").read_text() for name in names))
-    return str(path)
-
-
-def test_a_converted_model_starts_and_stays_ahead_of_a_random_one(tmp_path):
-    (losses,) = compare_starts.main(
-        starts.ComparisonArguments(
-            hidden_size=32,
-            num_hidden_layers=6,
-            config_overrides="num_prelude_layers=1,num_core_layers=2,num_coda_layers=1,chunk_sizes=[4,2,1]",
-            source_steps=60,
-            source_learning_rate=1e-2,
-            max_steps=20,
-            learning_rate=1e-3,
-            block_size=64,
-            max_eval_samples=32,
-            train_file=library_text(TRAINED_ON, tmp_path / "train.txt"),
-            validation_file=library_text(HELD_OUT, tmp_path / "validation.txt"),
-            starts=["converted", "random"],
-            seeds=[0],
-        )
-    )
-    source, converted, random = (losses[name] for name in ("source", "converted", "random"))
-    gained = random[0] - source[0]
-    assert gained > 1, "the source has learnt too little for a comparison"
-    assert converted[0] - source[0] < 0.2 * gained
-    assert converted[1] < converted[0] and random[1] - converted[1] > 0.5 * gained
-    assert list(losses) == ["source", "converted", "random"]
-
-
-def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
-    arguments = starts.ComparisonArguments(starts=["upside down"])
-    source = neox_model(num_hidden_layers=8)
-    options = {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 1, "chunk_sizes": [4, 1]}
-    makers = starts.starts(source, options)
-    cores = {name: make().model.core[1].mlp.dense_h_to_4h.weight for name, make in makers.items()}
-    layers = [layer.mlp.dense_h_to_4h.weight for layer in source.gpt_neox.layers]
-    assert torch.equal(cores["converted"], layers[3]) and torch.equal(cores["core from the first layers"], layers[2])
-    assert torch.equal(cores["core from the last layers"], layers[5])
-    assert torch.allclose(cores["core from means of neighbours"], (layers[3] + layers[4]) / 2)
-    assert makers["anchor"]().config.topology == "anchor"
-    for bias in (0, 4, 8):
-        routers = makers[f"router_bias {bias}"]().model.topology.read
-        assert all(abs(router.bias.max() - bias) < 0.2 for router in routers)
-    assert not any(torch.equal(cores["random"].double(), layer) for layer in layers)
-    blocks = {split: Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}) for split in SPLITS}
-    arguments.source_steps = 1
-    with pytest.raises(ValueError, match="starts.*converted.*upside down"):
-        starts.compare(arguments, 0, blocks, VOCAB)
+# -- the commands of the page -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
