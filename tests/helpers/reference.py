@@ -2,12 +2,12 @@
 SpiralFormer written from its equations: one row, token by token, in float64. Slow and obvious, to test against.
 
 Shares no code with the package. Sources: arXiv 2602.11698 (SpiralFormer) for chunks, down-scaling, up-scaling, shift
-and anchor; arXiv 2510.07739 (MeSH) for the memory slots; the layers of GPT-NeoX, Llama and Qwen3 as in transformers;
+and anchor; arXiv 2510.07739 (MeSH) for the memory slots; arXiv 2604.21254 (Hyperloop) for the streams; the layers of GPT-NeoX, Llama and Qwen3 as in transformers;
 arXiv 2309.00071 (YaRN) and 2407.21783 (Llama 3) for their rotary frequencies. No dropout; gradients flow into weights
 and embeddings. `config` is anything with the attributes of SpiralFormerConfig.
 
 Letters: L tokens, K latents (chunks) of a level, G tokens in a chunk, D hidden size, H heads of queries, J heads of
-keys and values, E size of a head, T iterations, S slots, V vocabulary. A state is a (D,) vector; a sequence of states
+keys and values, E size of a head, T iterations, S slots, N streams, V vocabulary. A state is a (D,) vector; a sequence of states
 is a list of them, one per token or one per latent.
 """
 
@@ -51,6 +51,8 @@ def run_loop(config, weights: Weights, x: States, v: States) -> States:
     """h_T from the embeddings x and the prelude's output v: h_{t+1} = Topology(ut_t, h_t, carrier, t)."""
     if config.topology == "mesh":
         return run_mesh_loop(config, weights, x, v)
+    if config.topology == "hyper_connections":
+        return run_streams_loop(config, weights, v)
     h = v
     for t in range(len(config.chunk_sizes)):
         update = run_iteration(config, weights, t, h)
@@ -61,7 +63,8 @@ def run_loop(config, weights: Weights, x: States, v: States) -> States:
         elif config.topology == "base":  # h_{t+1} = ut_t
             h = update
         else:
-            raise ValueError(f"`topology` must be mesh, anchor, residual or base, but got {config.topology!r}.")
+            known = "mesh, hyper_connections, anchor, residual or base"
+            raise ValueError(f"`topology` must be {known}, but got {config.topology!r}.")
     return h
 
 
@@ -97,6 +100,41 @@ def run_mesh_cycle(
             written[slot].append(memory[slot][token] + write[slot] * new[token])
         h.append(sum(read[slot] * written[slot][token] for slot in range(num_slots)))
     return written, h
+
+
+def run_streams_loop(config, weights: Weights, v: States) -> States:
+    """h_T of hyper-connections: every stream starts as v; the streams of iteration t make all gates of iteration t."""
+    num_streams = 4 if config.num_streams is None else config.num_streams
+    streams = [[state] * num_streams for state in v]  # L tokens, N streams each
+    for t in range(len(config.chunk_sizes)):
+        gates = [stream_gates(config, weights, t, of_token) for of_token in streams]
+        h = []  # h_t = sum_n p_n Y_n
+        for of_token, (read, _, _) in zip(streams, gates, strict=True):
+            h.append(sum(read[n] * of_token[n] for n in range(num_streams)))
+        update = run_iteration(config, weights, t, h)
+        written = []
+        for token, (_, keep, write) in enumerate(gates):  # o = u + e;  Y_n <- r_n Y_n + q_n o
+            output = update[token] + weights[f"model.topology.connections.{t}.loop_vector"].double()
+            written.append([keep[n] * streams[token][n] + write[n] * output for n in range(num_streams)])
+        streams = written
+    return [sum(of_token) / num_streams for of_token in streams]
+
+
+def stream_gates(config, weights: Weights, t: int, streams: States) -> tuple[Tensor, Tensor, Tensor]:
+    """p, r and q (N,) of one token's streams: sigmoid(a W z + b), the last of them twice that; z is normed."""
+    name = f"model.topology.connections.{t}"
+    flat = torch.cat(streams)
+    eps = config.layer_norm_eps if config.rms_norm_eps is None else config.rms_norm_eps
+    z = flat / torch.sqrt((flat * flat).mean() + eps) * weights[f"{name}.norm.weight"].double()
+    gates = []
+    for kind in ("read", "keep", "write"):
+        scale, bias = weights[f"{name}.{kind}.scale"].double(), weights[f"{name}.{kind}.bias"].double()
+        logits = scale * linear(weights, f"{name}.{kind}.projection", z, bias=False) + bias
+        gates.append(1 / (1 + torch.exp(-logits)))
+        if len(gates[-1]) != len(streams):
+            raise ValueError(f"{name}.{kind} must have {len(streams)} streams, but got {len(gates[-1])}.")
+    read, keep, write = gates
+    return read, keep, 2 * write
 
 
 # -- one iteration: down-scale, core, up-scale, shift -------------------------------------------------------------
