@@ -106,7 +106,7 @@ def _share_body(view: Any, body: Any, iterations: list[int]) -> None:
     layers = list(dict.fromkeys(layers))  # each iteration has its own, or all have the same
     _share(view, view.core, body.core, {str(own): str(index) for own, index in enumerate(layers)})
     _share(view, view.resolutions, body.resolutions, {str(own): str(t) for own, t in enumerate(iterations)})
-    # MeSH has routers for each cycle, of which the first belongs to no iteration; streams have gates for each iteration.
+    # MeSH has routers for each cycle, the first of which is no iteration's; streams have gates for each iteration.
     cycles = [0, *(t + 1 for t in iterations)]
     numbers = {"write": cycles, "read": cycles, "connections": iterations}
     kinds = [kind for kind, _ in body.topology.named_children()]
