@@ -225,7 +225,9 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: set[str] | list[str] = [  # and layers
-        *("SpiralFormerResolution", "SpiralFormerMeSH", "SpiralFormerHyperConnections")
+        "SpiralFormerResolution",
+        "SpiralFormerMeSH",
+        "SpiralFormerHyperConnections",
     ]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True

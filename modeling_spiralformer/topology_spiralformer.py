@@ -92,9 +92,13 @@ class SpiralFormerMeSH(nn.Module):
         return hidden, written
 
 
-# How much of itself a stream keeps and how much of the new state is written into it, in a new model: the values of
-# `gate_start`, of which "zero" is biases of 0. The first two read the mean of the streams, and their sum is 1.
-GATE_STARTS = {"blend": (0.5, 0.5), "replace": (0.01, 0.99), "zero": (0.5, 1.0)}
+def gate_starts(streams: int) -> dict[str, tuple[float, float, float]]:
+    """`gate_start` -> how much of each stream is read and kept, and of a new state written, in a new model.
+
+    "zero" is biases of 0. The others read the mean of the streams, and keep as large a share as they do not write.
+    """
+    mean = 1 / streams
+    return {"blend": (mean, 0.5, 0.5), "replace": (mean, 0.01, 0.99), "zero": (0.5, 0.5, 1.0)}
 
 
 def logit(share: float) -> float:
@@ -133,8 +137,7 @@ class SpiralFormerConnection(nn.Module):
     def __init__(self, config: SpiralFormerConfig):
         super().__init__()
         streams, size = config.resolved_num_streams, config.hidden_size
-        keep, write = GATE_STARTS[config.resolved_gate_start]
-        read = 0.5 if config.resolved_gate_start == "zero" else 1 / streams
+        read, keep, write = gate_starts(streams)[config.resolved_gate_start]
         flat = streams * size
         self.norm = nn.RMSNorm(flat, eps=config.rms_norm_eps or config.layer_norm_eps)
         self.read = SpiralFormerGate(flat, streams, read)
@@ -155,13 +158,12 @@ class Streams(NamedTuple):
     Args:
         content: Y, the streams `(B, S, N, D)`.
         iteration: which iteration has read them, and writes next; T after the last.
-        keep, write: its gates, `(B, S, N, 1)`; None after the last.
+        gates: its gates to keep and to write, `(B, S, N, 1)` each; none after the last.
     """
 
     content: torch.Tensor
     iteration: int
-    keep: torch.Tensor | None
-    write: torch.Tensor | None
+    gates: tuple[torch.Tensor, ...]
 
 
 class SpiralFormerHyperConnections(nn.Module):
@@ -190,15 +192,16 @@ class SpiralFormerHyperConnections(nn.Module):
         """
         if carrier is None:
             return self._read(new.unsqueeze(-2).expand(-1, -1, self.num_streams, -1), iteration=0)
-        output = new + self.connections[carrier.iteration].loop_vector
-        content = carrier.keep * carrier.content + carrier.write * output.unsqueeze(-2)
+        keep, write = carrier.gates
+        output = new + self.connections[carrier.iteration].get_parameter("loop_vector")
+        content = keep * carrier.content + write * output.unsqueeze(-2)
         return self._read(content, carrier.iteration + 1)
 
     def _read(self, content: torch.Tensor, iteration: int) -> tuple[torch.Tensor, Streams]:
         if iteration == len(self.connections):
-            return content.mean(dim=-2), Streams(content, iteration, None, None)
-        read, keep, write = self.connections[iteration](content)
-        return (read * content).sum(dim=-2), Streams(content, iteration, keep, write)
+            return content.mean(dim=-2), Streams(content, iteration, ())
+        read, *gates = self.connections[iteration](content)
+        return (read * content).sum(dim=-2), Streams(content, iteration, tuple(gates))
 
 
 # What `topology` names. CODEPATH: *-mesh-* have MeSH, hyperloop-* but hyperloop-looped-* hyper-connections, and all

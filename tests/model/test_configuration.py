@@ -144,6 +144,8 @@ WRONG = {
     "topology": ["ring", ""],
     "hidden_act": ["sharp", 3],
     "num_memory_slots": [0, -3, 2.0],
+    "num_streams": [1, 9, 4.0],
+    "gate_start": ["half", 4],
     "rope_parameters": [{"rope_type": "dynamic"}, {"type": "longrope"}, {"rope_theta": -1.0}, {"rotary_pct": "a"}, 4],
     "dtype": ["float33", "int8", torch.int8, 16],
     "id2label": [{}, {1: "a"}, {0: "a", 2: "b"}, ["a"]],

@@ -43,7 +43,8 @@ def test_a_new_model_joins_states_as_its_start_says():
         config = small_config(**STREAMS, chunk_sizes=[2, 1], num_streams=4, gate_start=start)
         topology = SpiralFormerForCausalLM(config).model.topology
         for connection in topology.connections:  # exactly, without the small numbers that the streams add
-            connection.scale_of = [gate.scale.zero_() for gate in (connection.read, connection.keep, connection.write)]
+            for gate in (connection.read, connection.keep, connection.write):
+                gate.scale.zero_()
         first, carrier = topology(v, None)
         factor = 2.0 if start == "zero" else 1.0
         assert torch.allclose(first, factor * v, atol=1e-5), start
@@ -63,7 +64,8 @@ def test_a_token_that_no_chunk_has_reached_gets_the_loop_vector():
     model(random_ids(1, 20), use_cache=False)
     (update, _, before), (_, after) = seen[1]
     assert update[0, :3].eq(0).all() and update[0, 11].ne(0).all()  # g - w - 1 + s: the first that reads
-    expected = before.keep * before.content + before.write * model.topology.connections[0].loop_vector
+    keep, write = before.gates
+    expected = keep * before.content + write * model.topology.connections[0].loop_vector
     assert (after.content - expected)[0, :3].abs().max() < 1e-12
     assert model.topology.connections[0].loop_vector.abs().max() > 0.1
 
@@ -158,7 +160,7 @@ def gates_of_what_was_written(self, new, state, carrier=None):
     if carrier is not None:
         made = state.unsqueeze(-2).expand_as(carrier.content)
         _, keep, write = self.connections[carrier.iteration](made)
-        carrier = carrier._replace(keep=keep, write=write)
+        carrier = carrier._replace(gates=(keep, write))
     return FORWARD(self, new, state, carrier)
 
 
@@ -175,7 +177,8 @@ def gates_of_another_iteration(self, new, state, carrier=None):
 def streams_mixed_up(self, new, state, carrier=None):
     """A stream gets the gates of its neighbour."""
     if carrier is not None:
-        carrier = carrier._replace(keep=carrier.keep.roll(1, dims=-2))
+        keep, write = carrier.gates
+        carrier = carrier._replace(gates=(keep.roll(1, dims=-2), write))
     return FORWARD(self, new, state, carrier)
 
 
@@ -196,7 +199,7 @@ def loop_vector_of_reached_tokens_only(self, new, state, carrier=None):
 def mean_forgotten(self, new, state, carrier=None):
     """The coda gets the first stream."""
     hidden, carrier = FORWARD(self, new, state, carrier)
-    return (hidden if carrier.keep is not None else carrier.content[..., 0, :]), carrier
+    return (hidden if carrier.gates else carrier.content[..., 0, :]), carrier
 
 
 def write_is_not_doubled(self, streams):

@@ -51,6 +51,7 @@ def make_config(**settings):
         "attention_bias": True,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
+        "rms_norm_eps": None,
         "tie_word_embeddings": False,
     }
     of_family = FAMILY_FIELDS[family] | ({} if family == "gpt_neox" else GATED)
@@ -92,8 +93,7 @@ def random_weights(config, seed: int = 0) -> dict[str, torch.Tensor]:
         for cycle in range(iterations + 1):
             for router in ("write", "read"):
                 add(f"model.topology.{router}.{cycle}", config.num_memory_slots or iterations + 3, width)
-    if config.topology == "hyper_connections":
-        weights |= stream_weights(config, generator)
+    weights |= stream_weights(config, generator)
     add("model.norm", width, bias=has_bias)
     if not config.tie_word_embeddings:
         add("lm_head", config.vocab_size, width, bias=False)
@@ -101,13 +101,13 @@ def random_weights(config, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def stream_weights(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """What hyper-connections add, of size 1 where a smaller one would hide it."""
+    """What hyper-connections add, and nothing for another topology."""
     streams, weights = config.num_streams or 4, {}
     flat = streams * config.hidden_size
     shapes = {"norm.weight": (flat,), "loop_vector": (config.hidden_size,)}
     for gate in ("read", "keep", "write"):
         shapes |= {f"{gate}.projection.weight": (streams, flat), f"{gate}.scale": (1,), f"{gate}.bias": (streams,)}
-    for t in range(len(config.chunk_sizes)):
+    for t in range(len(config.chunk_sizes) if config.topology == "hyper_connections" else 0):
         for name, shape in shapes.items():
             weight = torch.randn(shape, generator=generator, dtype=torch.float64)
             weights[f"model.topology.connections.{t}.{name}"] = weight
