@@ -245,7 +245,9 @@ OF_FAMILIES = {
     "IA3, qwen3": tuner(peft.IA3Config, ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **QWEN3),
     "LN tuning, qwen3": tuner(peft.LNTuningConfig, ["input_layernorm", "q_norm", "k_norm", "norm"], **QWEN3),
     "all linear, streams": lora(**STREAMS),
-    "LoRA on the gates of streams": lora(r".*\.(read|keep|write)\.projection", **STREAMS),
+    "LoRA on the gates of streams and the core": lora(
+        r".*(\.(read|keep|write)\.projection|\.core\..*dense)", **STREAMS
+    ),
     "OFT, llama": tuner(peft.OFTConfig, GATED_LAYERS, oft_block_size=4, **LLAMA),
 }
 
