@@ -61,3 +61,20 @@ def draw_losses(history: list[dict], path: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
     save(figure, path)
+
+
+def draw_stages(curves: dict[str, list], path: Path) -> None:
+    """Held-out losses of several models, as (stage, step, loss): one stage after the other, a line between them."""
+    figure, [[axes]] = new_figure(7, 3.6, grid=True)
+    for (name, points), colour in zip(curves.items(), (VERMILION, BLUE), strict=True):
+        start = 0
+        for index, stage in enumerate(dict.fromkeys(stage for stage, _, _ in points)):
+            steps, losses = zip(*((start + step, loss) for of, step, loss in points if of == stage), strict=True)
+            axes.plot(steps, losses, "o-", color=colour, label=None if index else name)
+            if index:
+                axes.axvline(start, color=GREY, linestyle="--", zorder=0)
+            start = steps[-1]
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.legend(frameon=False)
+    save(figure, path)

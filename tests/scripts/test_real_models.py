@@ -56,6 +56,8 @@ def workplace(tmp_path_factory) -> Path:
     for name in ("examples", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "test.txt").write_text("\n".join(page.read_text(encoding="utf-8") for page in PAGES)[:12000])
+    for name in ("train.txt", "valid.txt"):
+        (folder / name).symlink_to("test.txt")
     (folder / "lambada").mkdir()
     lines = "".join(json.dumps({"text": text}) + "\n" for text in PASSAGES)
     (folder / "lambada" / "lambada_test.jsonl").write_text(lines)
@@ -156,6 +158,19 @@ def test_costs_of_generation(workplace):
     assert spiral["bytes"] == pytest.approx((20 + 10 * 1.875) * 2 * 3 * 64 * 4 * 512, rel=0.02)
     accepted = [run["accepted"] for run in figures["assisted"].values()]
     assert len(accepted) == 2 and min(accepted) > 0.5
+
+
+def test_uptraining_begins_near_the_source(workplace):
+    (words,) = of("examples/uptrain.py")
+    short = ["--block_size", "128", "--adapter_steps", "1", "--max_steps", "1", "--eval_steps", "1"]
+    run_words([*words[1:], *short, "--held_out_blocks", "4"], workplace)
+    folder = workplace / "runs" / "uptrained"
+    spiral, source = (json.loads((path / "curve.json").read_text()) for path in (folder, folder / "source"))
+    for points in (spiral, source):
+        assert [point[:2] for point in points] == [
+            [stage, n] for stage in ("new parts and LoRA", "everything") for n in (0, 1)
+        ]
+    assert abs(spiral[0][2] - source[0][2]) < 0.05
 
 
 def test_every_command_of_the_page_is_run_or_an_installation():
