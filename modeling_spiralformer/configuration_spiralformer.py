@@ -69,6 +69,8 @@ NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
 ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
+# Fields that one topology has, and the others lack.
+TOPOLOGY_FIELDS = {"mesh": ("num_memory_slots",), "hyper_connections": ("num_streams", "gate_start")}
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
 MISSPELT = 0.8
 
@@ -125,6 +127,7 @@ def rotary_parameters(parameters: dict | None):
 count_from_1 = interval(min=1)
 count_from_0 = checked(lambda value: value >= 0, "an integer >= 0")
 count_or_none = checked(lambda value: value is None or value >= 1, "None or an integer >= 1")
+streams_or_none = checked(lambda value: value is None or 2 <= value <= 8, "None or an integer in [2, 8]")
 sizes_from_1 = checked(lambda values: all(value >= 1 for value in values), "a list of integers >= 1")
 tokens_or_none = checked(
     lambda values: values is None or all(value >= 0 for value in values), "None or a list of integers >= 0"
@@ -194,9 +197,15 @@ class SpiralFormerConfig(PreTrainedConfig):
     up_scaling (`str`):
         "allocation" (softmax over places, computed from the latent) or "broadcast" (1 / g).
     topology (`str`):
-        "mesh", "anchor", "residual" or "base": how an iteration's update meets the state.
+        "mesh", "hyper_connections", "anchor", "residual" or "base": how an iteration's update meets the state.
     num_memory_slots (`int`, *optional*):
         Slots of MeSH. Default T + 3. Refused with another topology.
+    num_streams (`int`, *optional*):
+        Streams of hyper-connections, 2 to 8. Default 4. Refused with another topology.
+    gate_start (`str`, *optional*):
+        What the gates of hyper-connections do in a new model: "blend" keeps half of a stream and writes half of the
+        new state, "replace" keeps almost nothing and writes almost all, "zero" has biases of 0. Default "blend".
+        Refused with another topology.
     share_core (`bool`):
         False gives every iteration core layers of its own (the unlooped baseline).
     rope_parameters (`dict`, *optional*):
@@ -228,8 +237,10 @@ class SpiralFormerConfig(PreTrainedConfig):
     causal_shifts: list[int] | tuple[int, ...] | None = tokens_or_none(default=None)
     down_scaling: Literal["self_aggregation", "mean"] = "self_aggregation"
     up_scaling: Literal["allocation", "broadcast"] = "allocation"
-    topology: Literal["mesh", "anchor", "residual", "base"] = "mesh"
+    topology: Literal["mesh", "hyper_connections", "anchor", "residual", "base"] = "mesh"
     num_memory_slots: int | None = count_or_none(default=None)
+    num_streams: int | None = streams_or_none(default=None)
+    gate_start: Literal["blend", "replace", "zero"] | None = None
     share_core: bool = True
     rope_parameters: dict | None = rotary_parameters(default=None)
     scale_embeddings: bool = True
@@ -308,6 +319,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
         known = [field for family in families for field in family.fields(config_dict.get("norm"))]
         lacked = {*FAMILY_FIELDS} - {*known}
+        if config_dict.get("topology") != "hyper_connections":
+            lacked |= {*TOPOLOGY_FIELDS["hyper_connections"]}
         missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
@@ -325,12 +338,15 @@ class SpiralFormerConfig(PreTrainedConfig):
         return faults
 
     def to_dict(self) -> dict[str, Any]:
-        """As the library does, without the fields that the family of layers lacks.
+        """As the library does, without the fields that the family of layers lacks, or a topology without streams.
 
         Others look for a field there, such as the heads of keys, and know what to do where there is none.
         """
         values = super().to_dict()
-        return {name: value for name, value in values.items() if value is not None or name not in FAMILY_FIELDS}
+        lacked = {*FAMILY_FIELDS}
+        if self.topology != "hyper_connections":
+            lacked |= {*TOPOLOGY_FIELDS["hyper_connections"]}
+        return {name: value for name, value in values.items() if value is not None or name not in lacked}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves as the library does, with the model's code beside it and a class for every Auto class in `auto_map`.
@@ -368,6 +384,16 @@ class SpiralFormerConfig(PreTrainedConfig):
     def resolved_num_memory_slots(self) -> int:
         """Number of MeSH slots, the default T + 3 filled in."""
         return self.num_iterations + 3 if self.num_memory_slots is None else self.num_memory_slots
+
+    @property
+    def resolved_num_streams(self) -> int:
+        """Number of streams of hyper-connections, the default 4 filled in."""
+        return 4 if self.num_streams is None else self.num_streams
+
+    @property
+    def resolved_gate_start(self) -> str:
+        """How the gates of hyper-connections start, the default filled in."""
+        return self.gate_start or "blend"
 
     @property
     def resolved_num_key_value_heads(self) -> int:
@@ -481,13 +507,15 @@ class SpiralFormerConfig(PreTrainedConfig):
             allowed = f">= 1 where the first chunk size ({self.chunk_sizes[0]}) exceeds 1: cache entry 0 counts tokens"
             refuse("num_prelude_layers", self.num_prelude_layers, allowed)
 
-    def validate_memory_slots(self):
-        """MeSH alone has slots, and only where there is a loop."""
-        if self.num_memory_slots is not None:
-            if self.topology != "mesh":
-                refuse("num_memory_slots", self.num_memory_slots, f'None with topology "{self.topology}"')
-            if not self.chunk_sizes:
-                refuse("num_memory_slots", self.num_memory_slots, "None where chunk_sizes is empty")
+    def validate_topology(self):
+        """MeSH alone has slots, hyper-connections alone have streams, and both only where there is a loop."""
+        for topology, fields in TOPOLOGY_FIELDS.items():
+            for field in fields:
+                value = getattr(self, field)
+                if value is not None and self.topology != topology:
+                    refuse(field, value, f'None with topology "{self.topology}"')
+                if value is not None and not self.chunk_sizes:
+                    refuse(field, value, "None where chunk_sizes is empty")
 
     def validate_rotary(self):
         """The rotary embedding: fixed angles, on an even number of dimensions of each head.

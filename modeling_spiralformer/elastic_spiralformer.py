@@ -107,14 +107,16 @@ def _share_body(view: Any, body: Any, iterations: list[int]) -> None:
     layers = list(dict.fromkeys(layers))  # each iteration has its own, or all have the same
     _share(view, view.core, body.core, {str(own): str(index) for own, index in enumerate(layers)})
     _share(view, view.resolutions, body.resolutions, {str(own): str(t) for own, t in enumerate(iterations)})
-    # CODEPATH: *-mesh-* have routers, *-anchor-* a recurrence without parameters.
-    if view.config.topology == "mesh":
-        cycles = [0, *(t + 1 for t in iterations)]
-        for kind in ("write", "read"):
-            routers = getattr(view.topology, kind), getattr(body.topology, kind)
-            _share(view, *routers, {str(own): str(cycle) for own, cycle in enumerate(cycles)})
+    # MeSH has routers for each cycle, the first of which is no iteration's; streams have gates for each iteration.
+    cycles = [0, *(t + 1 for t in iterations)]
+    numbers = {"write": cycles, "read": cycles, "connections": iterations}
+    kinds = [kind for kind, _ in body.topology.named_children()]
+    for kind in kinds:
+        parts = getattr(view.topology, kind), getattr(body.topology, kind)
+        _share(view, *parts, {str(own): str(number) for own, number in enumerate(numbers[kind])})
+    if kinds:
         _follow_devices(view.topology, body.topology)
-    else:
+    else:  # a recurrence without parameters
         _share(view, view, body, {"topology": "topology"})
     view.core_offsets = [
         own.start - (body.core_entries[t].start - body.core_offsets[t])

@@ -91,7 +91,7 @@ from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .static_cache_spiralformer import settle_states
-from .topology_spiralformer import SpiralFormerMeSH, SpiralFormerRecurrence
+from .topology_spiralformer import TOPOLOGIES, SpiralFormerConnection, SpiralFormerGate
 
 
 class SpiralFormerDown(nn.Module):
@@ -229,7 +229,11 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     config: SpiralFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: set[str] | list[str] = ["SpiralFormerResolution", "SpiralFormerMeSH"]  # and layers
+    _no_split_modules: set[str] | list[str] = [  # and layers
+        "SpiralFormerResolution",
+        "SpiralFormerMeSH",
+        "SpiralFormerHyperConnections",
+    ]
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -289,6 +293,11 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         # modules without parameters of their own.
         if hasattr(module, "initial_std"):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)
+        if isinstance(module, SpiralFormerGate):
+            init.constant_(module.scale, module.initial_scale)
+            init.constant_(module.bias, module.initial_bias)
+        if isinstance(module, SpiralFormerConnection):
+            init.zeros_(module.loop_vector)
 
 
 @auto_docstring(custom_intro="SpiralFormer without a head: token ids or embeddings to normed states `(B, S, D)`.")
@@ -313,8 +322,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(iterations))
         self.topology: nn.Module | MaybeNone = None
         if iterations:
-            # CODEPATH: *-mesh-* have MeSH, *-anchor-* a recurrence without parameters.
-            self.topology = (SpiralFormerMeSH if config.topology == "mesh" else SpiralFormerRecurrence)(config)
+            self.topology = TOPOLOGIES[config.topology](config)
         self.norm = make_norm(config)
         self.rotary_emb = make_rotary_embedding(config)
         self.grids = ChunkGrid.of(config)

@@ -11,13 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Topologies: how an iteration's update meets the state (arXiv 2602.11698; MeSH is arXiv 2510.07739).
+"""Topologies: how an iteration's update meets the state (arXiv 2602.11698).
+
+MeSH is arXiv 2510.07739, hyper-connections once per iteration are those of Hyperloop (arXiv 2604.21254).
 
 `topology(v, x)` is InitTopology: it gives h_0 and what is carried along. `topology(update, h_t, carrier)` gives
 h_(t+1) and the carrier.
 
-Shape letters: B batch, S new tokens, D hidden size, T iterations, N slots of MeSH.
+Shape letters: B batch, S new tokens, D hidden size, T iterations, N slots of MeSH or streams.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -87,4 +92,132 @@ class SpiralFormerMeSH(nn.Module):
         return hidden, written
 
 
-__all__ = ["SpiralFormerMeSH", "SpiralFormerRecurrence"]
+def gate_starts(streams: int) -> dict[str, tuple[float, float, float]]:
+    """`gate_start` -> how much of each stream is read and kept, and of a new state written, in a new model.
+
+    "zero" is biases of 0. The others read the mean of the streams, and keep as large a share as they do not write.
+    """
+    mean = 1 / streams
+    return {"blend": (mean, 0.5, 0.5), "replace": (mean, 0.01, 0.99), "zero": (0.5, 0.5, 1.0)}
+
+
+def logit(share: float) -> float:
+    """The number whose sigmoid is `share`."""
+    return math.log(share / (1 - share))
+
+
+class SpiralFormerGate(nn.Module):
+    """sigmoid(a W z + b): one number in (0, 1) for each stream of a token.
+
+    Args:
+        start: what the gate gives for W z = 0 in a new model.
+    """
+
+    initial_scale = 0.01
+
+    def __init__(self, size: int, streams: int, start: float):
+        super().__init__()
+        self.projection = nn.Linear(size, streams, bias=False)  # W
+        self.scale = nn.Parameter(torch.full((1,), self.initial_scale))  # a; FSDP2 shards no parameter without a shape
+        self.initial_bias = logit(start)
+        self.bias = nn.Parameter(torch.full((streams,), self.initial_bias))  # b
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """The gates `(B, S, N)` of streams that are flat and normed, `(B, S, N D)`."""
+        return torch.sigmoid(self.scale * self.projection(normed) + self.bias)
+
+
+class SpiralFormerConnection(nn.Module):
+    """What one iteration has of its own: the gates by which it reads, keeps and writes streams, and its loop vector e.
+
+    The norm is torch's: unlike Llama's it stays in float64 where the model does, and its mean square is in float32
+    where the streams are shorter.
+    """
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__()
+        streams, size = config.resolved_num_streams, config.hidden_size
+        read, keep, write = gate_starts(streams)[config.resolved_gate_start]
+        flat = streams * size
+        self.norm = nn.RMSNorm(flat, eps=config.rms_norm_eps or config.layer_norm_eps)
+        self.read = SpiralFormerGate(flat, streams, read)
+        self.keep = SpiralFormerGate(flat, streams, keep)
+        self.write = SpiralFormerGate(flat, streams, write / 2)
+        self.loop_vector = nn.Parameter(torch.zeros(size))
+
+    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gates of streams `(B, S, N, D)`, `(B, S, N, 1)` each: to read, to keep and to write."""
+        normed = self.norm(streams.flatten(-2))
+        read, keep, write = (gate(normed).unsqueeze(-1) for gate in (self.read, self.keep, self.write))
+        return read, keep, 2 * write
+
+
+class Streams(NamedTuple):
+    """The carrier of hyper-connections.
+
+    Args:
+        content: Y, the streams `(B, S, N, D)`.
+        iteration: which iteration has read them, and writes next; T after the last.
+        gates: its gates to keep and to write, `(B, S, N, 1)` each; none after the last.
+    """
+
+    content: torch.Tensor
+    iteration: int
+    gates: tuple[torch.Tensor, ...]
+
+
+class SpiralFormerHyperConnections(nn.Module):
+    """Hyper-connections of Hyperloop (arXiv 2604.21254): N streams per token, gated once per iteration.
+
+    Each stream starts as v. Iteration t reads h_t = sum_n p_n Y_n, and its update u joins all streams as
+    Y_n <- r_n Y_n + q_n (u + e). The gates p, q and r are made from the streams that iteration t reads, by parameters
+    that are its own, as is e. h_T is the mean of the streams.
+
+    A token that no chunk has reached yet has the update 0, and gets e all the same.
+    """
+
+    def __init__(self, config: SpiralFormerConfig):
+        super().__init__()
+        self.num_streams = config.resolved_num_streams
+        self.connections = nn.ModuleList(SpiralFormerConnection(config) for _ in range(config.num_iterations))
+
+    def forward(
+        self, new: torch.Tensor, state: torch.Tensor, carrier: Streams | None = None
+    ) -> tuple[torch.Tensor, Streams]:
+        """What is read after a write into the streams; the first call, InitTopology, has no carrier yet.
+
+        Args:
+            new: v = f_pre(x), later the shifted update of an iteration, `(B, S, D)`.
+            state: not looked at: the streams hold all that is read.
+        """
+        if carrier is None:
+            return self._read(new.unsqueeze(-2).expand(-1, -1, self.num_streams, -1), iteration=0)
+        keep, write = carrier.gates
+        output = new + self.connections[carrier.iteration].get_parameter("loop_vector")
+        content = keep * carrier.content + write * output.unsqueeze(-2)
+        return self._read(content, carrier.iteration + 1)
+
+    def _read(self, content: torch.Tensor, iteration: int) -> tuple[torch.Tensor, Streams]:
+        if iteration == len(self.connections):
+            return content.mean(dim=-2), Streams(content, iteration, ())
+        read, *gates = self.connections[iteration](content)
+        return (read * content).sum(dim=-2), Streams(content, iteration, tuple(gates))
+
+
+# What `topology` names. CODEPATH: *-mesh-* have MeSH, hyperloop-* but hyperloop-looped-* hyper-connections, and all
+# others a recurrence without parameters.
+TOPOLOGIES = {
+    "mesh": SpiralFormerMeSH,
+    "hyper_connections": SpiralFormerHyperConnections,
+    **dict.fromkeys(("anchor", "residual", "base"), SpiralFormerRecurrence),
+}
+
+
+__all__ = [
+    "TOPOLOGIES",
+    "SpiralFormerConnection",
+    "SpiralFormerGate",
+    "SpiralFormerHyperConnections",
+    "SpiralFormerMeSH",
+    "SpiralFormerRecurrence",
+]

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
-from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
 from workshop.checkpoints import has_tokenizer, parse_overrides
 from workshop.conversion import (
     FAMILY_OF,
@@ -74,11 +73,8 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         converted = to_plain(source)
     else:
         core_layers = None if arguments.core_layers is None else parse_core_layers(arguments.core_layers)
-        router_bias = ROUTER_BIAS if arguments.router_bias is None else arguments.router_bias
         overrides = parse_overrides(arguments.config_overrides)
-        converted = to_spiralformer(source, core_layers, router_bias, **overrides)
-        if arguments.router_bias is not None and not isinstance(converted.model.topology, SpiralFormerMeSH):
-            refuse("router_bias", arguments.router_bias, "left out of a model without routers of MeSH")
+        converted = to_spiralformer(source, core_layers, arguments.router_bias, **overrides)
     converted.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.output_dir)

@@ -1,4 +1,4 @@
-"""Writes `configuration/<name>/config.json`: the 22 published models, `tiny` and `tiny-llama`, from one table."""
+"""Writes `configuration/<name>/config.json`: the published models, `tiny` and `tiny-llama`, from one table."""
 
 from dataclasses import dataclass, field
 

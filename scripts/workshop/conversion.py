@@ -2,11 +2,12 @@
 
 The layers of both are one class of the library, so a converted layer is a copy. `FAMILIES` has the models whose layers
 these are. What SpiralFormer adds has no counterpart in the source: scorers and allocators start as in any new model,
-the routers of MeSH by `start_routers`.
+the routers of MeSH by `start_routers`, the gates of streams by `start_gates`.
 """
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -24,13 +25,15 @@ from transformers import (
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
-from modeling_spiralformer.modeling_spiralformer import SpiralFormerMeSH
+from modeling_spiralformer.topology_spiralformer import SpiralFormerHyperConnections, SpiralFormerMeSH, logit
 from workshop.checkpoints import check_loaded, has_tokenizer, load_config, load_model, load_tokenizer
 
 # How firmly the routers of a converted model start at one slot: its share is e^b / (e^b + N - 1) of N slots.
 ROUTER_BIAS = 6.0
 # Beyond this a share differs from 0 and 1 by less than any dtype holds, and the router could not learn.
 ROUTER_BIAS_RANGE = (0.0, 100.0)
+# What a gate that a converted model starts as closed lets through: what that bias leaves the other of two slots.
+CLOSED_GATE = 1 / (1 + math.exp(ROUTER_BIAS))
 # `model_type` of a source -> `layer_family` of what it becomes.
 FAMILY_OF = {family.config_class.model_type: name for name, family in FAMILIES.items()}
 
@@ -250,6 +253,22 @@ def start_routers(topology: SpiralFormerMeSH, config: SpiralFormerConfig, bias: 
             router.bias[slot] += bias
 
 
+def start_gates(topology: SpiralFormerHyperConnections, config: SpiralFormerConfig) -> None:
+    """
+    Starts the gates of streams so that the loop is nearly the plain stack of the layers that were copied into it.
+
+    Every iteration reads the mean of the streams. One with g = 1 writes its update in their place. A coarse one keeps
+    them, and its update starts with a small share. The weights of the gates that read start at 0, so that h_0 is v.
+    Those of the others stay as drawn: they tell the streams apart, which would stay equal for ever.
+    """
+    for size, connection in zip(config.chunk_sizes, topology.connections, strict=True):
+        written = 1 - CLOSED_GATE if size == 1 else CLOSED_GATE
+        nn.init.zeros_(connection.read.projection.weight)
+        nn.init.constant_(connection.read.bias, logit(1 / topology.num_streams))
+        nn.init.constant_(connection.keep.bias, logit(1 - written))
+        nn.init.constant_(connection.write.bias, logit(written / 2))
+
+
 # -- models -----------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +276,7 @@ def start_routers(topology: SpiralFormerMeSH, config: SpiralFormerConfig, bias: 
 def to_spiralformer(
     source: PreTrainedModel,
     core_layers: list[list[int]] | None = None,
-    router_bias: float = ROUTER_BIAS,
+    router_bias: float | None = None,
     **options,
 ) -> SpiralFormerForCausalLM:
     """
@@ -269,7 +288,7 @@ def to_spiralformer(
         source: a causal language model, such as a `LlamaForCausalLM`; it stays as it is.
         core_layers: for each layer of the core, the source layers whose mean it gets. Default: `default_core_layers`.
             With `share_core=False` these are the layers of all iterations, one iteration after the other.
-        router_bias: see `start_routers`; used with the topology "mesh" alone.
+        router_bias: see `start_routers`. Default: `ROUTER_BIAS`; None with another topology than "mesh".
         options: fields of the loop, see `spiral_config`.
 
     Raises:
@@ -277,7 +296,9 @@ def to_spiralformer(
     """
     config = spiral_config(source.config, **options)
     low, high = ROUTER_BIAS_RANGE
-    if not low <= router_bias <= high:
+    if router_bias is not None and (config.topology != "mesh" or not config.chunk_sizes):
+        refuse("router_bias", router_bias, "left out of a model without routers of MeSH")
+    if router_bias is not None and not low <= router_bias <= high:
         refuse("router_bias", router_bias, f"a number in [{low:g}, {high:g}]")
     layers = layers_of(source)
     groups = default_core_layers(config, len(layers)) if core_layers is None else core_layers
@@ -291,7 +312,9 @@ def to_spiralformer(
         for layer, group in zip(stack, stack_groups, strict=True):
             copy_layer([layers[index] for index in group], layer)
     if isinstance(target.model.topology, SpiralFormerMeSH):
-        start_routers(target.model.topology, config, router_bias)
+        start_routers(target.model.topology, config, ROUTER_BIAS if router_bias is None else router_bias)
+    if isinstance(target.model.topology, SpiralFormerHyperConnections):
+        start_gates(target.model.topology, config)
     return target
 
 

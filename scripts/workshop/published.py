@@ -1,6 +1,7 @@
 """
 Figures of arXiv 2602.11698: the schedules, parameters and FLOPs of the 22 models of its Table 1, and those of its
-perplexities that the experiments of `scripts/experiments/` are compared with.
+perplexities that the experiments of `scripts/experiments/` are compared with. Six models of arXiv 2604.21254
+(Hyperloop).
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.costs import count_parameters, count_published_flops
-from workshop.tables import format_schedule
+from workshop.tables import config_schedule, format_schedule
 
 SPIRAL_B = (8, 4, 2, 1)
 SPIRAL_L = (16, 8, 4, 2)
@@ -77,6 +78,30 @@ PUBLISHED_MODELS = (
     PublishedModel("spiralformer-l", "1.4b", "mesh", (8, 8, 8), SPIRAL_L, 1423.2, 1208.8, 13.13),
 )
 
+
+@dataclass(frozen=True)
+class HyperloopModel:
+    """
+    One looped or Hyperloop model of arXiv 2604.21254: `layers` run once, the middle ones three times. `parameters` are
+    the paper's millions, which hold one of the two matrices of the vocabulary.
+    """
+
+    name: str
+    hidden_size: int
+    layers: tuple[int, int, int]
+    topology: str
+    parameters: float
+
+
+HYPERLOOP_MODELS = (
+    HyperloopModel("hyperloop-looped-135m", 1024, (2, 4, 2), "base", 135.5),
+    HyperloopModel("hyperloop-135m", 1024, (2, 4, 2), "hyper_connections", 135.7),
+    HyperloopModel("hyperloop-looped-579m", 2048, (3, 4, 3), "base", 579.4),
+    HyperloopModel("hyperloop-579m", 2048, (3, 4, 3), "hyper_connections", 579.7),
+    HyperloopModel("hyperloop-looped-990m", 2048, (4, 10, 4), "base", 990.5),
+    HyperloopModel("hyperloop-990m", 2048, (4, 10, 4), "hyper_connections", 990.8),
+)
+
 # Perplexity on the Pile, Table 1, the smallest and the largest scale: model of the experiments -> perplexity. GPT-NeoX
 # with MeSH and without a loop exists at the largest scale only.
 PERPLEXITIES = {
@@ -135,6 +160,27 @@ def published_config(model: PublishedModel) -> SpiralFormerConfig:
     )
 
 
+def hyperloop_config(model: HyperloopModel) -> SpiralFormerConfig:
+    """The configuration of a model of arXiv 2604.21254: Llama's layers, each pass over all tokens."""
+    prelude, core, coda = model.layers
+    return SpiralFormerConfig(
+        architectures=["SpiralFormerForCausalLM"],
+        layer_family="llama",
+        vocab_size=32000,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.hidden_size * 11 // 4,
+        num_attention_heads=16,
+        num_prelude_layers=prelude,
+        num_core_layers=core,
+        num_coda_layers=coda,
+        chunk_sizes=[1, 1, 1],
+        topology=model.topology,
+        scale_embeddings=False,
+        max_position_embeddings=2048,
+        **({"num_streams": 4, "gate_start": "blend"} if model.topology == "hyper_connections" else {}),
+    )
+
+
 def tiny_config(**layers) -> SpiralFormerConfig:
     """SpiralFormer-B with MeSH at about 0.93M parameters, for the tokenizer in `tokenization/`.
 
@@ -158,9 +204,9 @@ def all_configs() -> dict[str, SpiralFormerConfig]:
     """Every configuration that this project ships, by name."""
     # Queries in pairs, and a gated MLP of nearly as many parameters.
     llama = tiny_config(layer_family="llama", num_key_value_heads=2, intermediate_size=176)
-    return {"tiny": tiny_config(), "tiny-llama": llama} | {
-        model.name: published_config(model) for model in PUBLISHED_MODELS
-    }
+    hyperloop = {model.name: hyperloop_config(model) for model in HYPERLOOP_MODELS}
+    published = {model.name: published_config(model) for model in PUBLISHED_MODELS}
+    return {"tiny": tiny_config(), "tiny-llama": llama} | published | hyperloop
 
 
 def to_json(config: SpiralFormerConfig) -> str:
@@ -180,6 +226,7 @@ def to_json(config: SpiralFormerConfig) -> str:
 
 PREFILL_TOKENS = 4096
 TABLE_HEADER = ("model", "layers", "params", "paper", "non-emb.", "paper", "TFLOPs", "paper", "deviation")
+HYPERLOOP_HEADER = ("model", "layers", "params", "without embedding", "paper", "TFLOPs")
 
 
 @dataclass
@@ -214,4 +261,23 @@ def table_row(model: PublishedModel, measured: Measurement) -> tuple[str, ...]:
         f"{teraflops:.2f}",
         f"{model.teraflops:.2f}",
         f"{teraflops / model.teraflops - 1:+.1%}",
+    )
+
+
+def without_embedding(config: SpiralFormerConfig, measured: Measurement) -> int:
+    """Parameters as arXiv 2604.21254 counts them: of embedding and head, which are not tied, the head alone."""
+    return measured.parameters - config.vocab_size * config.hidden_size
+
+
+def hyperloop_row(model: HyperloopModel) -> tuple[str, ...]:
+    """One line of the second table: millions of parameters, 1e12 FLOPs."""
+    config = hyperloop_config(model)
+    measured = measure(config)
+    return (
+        model.name,
+        config_schedule(config),
+        f"{measured.parameters / 1e6:.1f}",
+        f"{without_embedding(config, measured) / 1e6:.1f}",
+        f"{model.parameters:.1f}",
+        f"{measured.flops / 1e12:.2f}",
     )

@@ -27,6 +27,7 @@ MODELS = (
     {"chunk_sizes": [4, 2, 1], "num_core_layers": 1},
     {"chunk_sizes": [5, 3], "num_core_layers": 2, "topology": "anchor", "causal_shifts": [6, 9]},
     {"chunk_sizes": [3], "num_core_layers": 1, "chunk_offsets": [2], "topology": "residual"},
+    {"chunk_sizes": [3, 1], "num_core_layers": 1, "topology": "hyper_connections"},
     {"chunk_sizes": [4, 1], "num_core_layers": 1, "layer_family": "llama"},
     {"chunk_sizes": [5, 2], "num_core_layers": 1, "layer_family": "qwen3", "topology": "anchor"},
     {"chunk_sizes": [4, 2, 4, 1], "num_core_layers": 1, "part": [4, 1]},

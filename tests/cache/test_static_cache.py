@@ -10,6 +10,7 @@ from modeling_spiralformer.static_cache_spiralformer import StaticState
 
 STATIC = {
     "powers of two": {"chunk_sizes": [8, 4, 2, 1]},
+    "streams": {"chunk_sizes": [3, 1], "topology": "hyper_connections"},
     "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
     "no prelude": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0, "share_core": False},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},

@@ -235,6 +235,7 @@ TUNERS = {
 
 GATED_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA, QWEN3 = ({"model": {"layer_family": family}} for family in ("llama", "qwen3"))
+STREAMS = {"model": {"topology": "hyper_connections", "num_streams": 3}}
 OF_FAMILIES = {
     "LoRA without targets, llama": lora(None, **LLAMA),
     "LoRA on queries and outputs, llama": lora(["q_proj", "o_proj"], **LLAMA),
@@ -243,6 +244,10 @@ OF_FAMILIES = {
     "all linear, llama": lora(**LLAMA),
     "IA3, qwen3": tuner(peft.IA3Config, ["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **QWEN3),
     "LN tuning, qwen3": tuner(peft.LNTuningConfig, ["input_layernorm", "q_norm", "k_norm", "norm"], **QWEN3),
+    "all linear, streams": lora(**STREAMS),
+    "LoRA on the gates of streams and the core": lora(
+        r".*(\.(read|keep|write)\.projection|\.core\..*dense)", **STREAMS
+    ),
     "OFT, llama": tuner(peft.OFTConfig, GATED_LAYERS, oft_block_size=4, **LLAMA),
 }
 

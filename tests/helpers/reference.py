@@ -2,13 +2,14 @@
 SpiralFormer written from its equations: one row, token by token, in float64. Slow and obvious, to test against.
 
 Shares no code with the package. Sources: arXiv 2602.11698 (SpiralFormer) for chunks, down-scaling, up-scaling, shift
-and anchor; arXiv 2510.07739 (MeSH) for the memory slots; the layers of GPT-NeoX, Llama and Qwen3 as in transformers;
-arXiv 2309.00071 (YaRN) and 2407.21783 (Llama 3) for their rotary frequencies. No dropout; gradients flow into weights
-and embeddings. `config` is anything with the attributes of SpiralFormerConfig.
+and anchor; arXiv 2510.07739 (MeSH) for the memory slots; arXiv 2604.21254 (Hyperloop) for the streams; the layers of
+GPT-NeoX, Llama and Qwen3 as in transformers; arXiv 2309.00071 (YaRN) and 2407.21783 (Llama 3) for their rotary
+frequencies. No dropout; gradients flow into weights and embeddings. `config` is anything with the attributes of
+SpiralFormerConfig.
 
 Letters: L tokens, K latents (chunks) of a level, G tokens in a chunk, D hidden size, H heads of queries, J heads of
-keys and values, E size of a head, T iterations, S slots, V vocabulary. A state is a (D,) vector; a sequence of states
-is a list of them, one per token or one per latent.
+keys and values, E size of a head, T iterations, S slots, N streams, V vocabulary. A state is a (D,) vector; a sequence
+of states is a list of them, one per token or one per latent.
 """
 
 import math
@@ -51,6 +52,8 @@ def run_loop(config, weights: Weights, x: States, v: States) -> States:
     """h_T from the embeddings x and the prelude's output v: h_{t+1} = Topology(ut_t, h_t, carrier, t)."""
     if config.topology == "mesh":
         return run_mesh_loop(config, weights, x, v)
+    if config.topology == "hyper_connections":
+        return run_streams_loop(config, weights, v)
     h = v
     for t in range(len(config.chunk_sizes)):
         update = run_iteration(config, weights, t, h)
@@ -61,7 +64,8 @@ def run_loop(config, weights: Weights, x: States, v: States) -> States:
         elif config.topology == "base":  # h_{t+1} = ut_t
             h = update
         else:
-            raise ValueError(f"`topology` must be mesh, anchor, residual or base, but got {config.topology!r}.")
+            known = "mesh, hyper_connections, anchor, residual or base"
+            raise ValueError(f"`topology` must be {known}, but got {config.topology!r}.")
     return h
 
 
@@ -97,6 +101,54 @@ def run_mesh_cycle(
             written[slot].append(memory[slot][token] + write[slot] * new[token])
         h.append(sum(read[slot] * written[slot][token] for slot in range(num_slots)))
     return written, h
+
+
+def run_streams_loop(config, weights: Weights, v: States) -> States:
+    """h_T of hyper-connections: every stream starts as v."""
+    num_streams = 4 if config.num_streams is None else config.num_streams
+    streams = [[state] * num_streams for state in v]  # L tokens, N streams each
+    for t in range(len(config.chunk_sizes)):
+        h = read_streams(config, weights, t, streams)
+        streams = write_streams(config, weights, t, streams, run_iteration(config, weights, t, h))
+    return read_streams(config, weights, len(config.chunk_sizes), streams)
+
+
+def read_streams(config, weights: Weights, t: int, streams: list[States]) -> States:
+    """h_t = sum_n p_n Y_n of every token, its gates those of iteration t; after the last the mean of the streams."""
+    if t == len(config.chunk_sizes):
+        return [sum(of_token) / len(of_token) for of_token in streams]
+    h = []
+    for of_token in streams:
+        read, _, _ = stream_gates(config, weights, t, of_token)
+        h.append(sum(gate * stream for gate, stream in zip(read, of_token, strict=True)))
+    return h
+
+
+def write_streams(config, weights: Weights, t: int, streams: list[States], update: States) -> list[States]:
+    """o = u + e, Y_n <- r_n Y_n + q_n o, with the gates of the streams that iteration t has read."""
+    written = []
+    for of_token, new in zip(streams, update, strict=True):
+        _, keep, write = stream_gates(config, weights, t, of_token)
+        output = new + weights[f"model.topology.connections.{t}.loop_vector"]
+        written.append([keep[n] * stream + write[n] * output for n, stream in enumerate(of_token)])
+    return written
+
+
+def stream_gates(config, weights: Weights, t: int, streams: States) -> tuple[Tensor, Tensor, Tensor]:
+    """p, r and q (N,) of one token's streams: sigmoid(a W z + b), the last of them twice that; z is normed."""
+    name = f"model.topology.connections.{t}"
+    flat = torch.cat(streams)
+    eps = config.layer_norm_eps if config.rms_norm_eps is None else config.rms_norm_eps
+    z = flat / torch.sqrt((flat * flat).mean() + eps) * weights[f"{name}.norm.weight"]
+    gates = []
+    for kind in ("read", "keep", "write"):
+        scale, bias = weights[f"{name}.{kind}.scale"], weights[f"{name}.{kind}.bias"]
+        logits = scale * linear(weights, f"{name}.{kind}.projection", z, bias=False) + bias
+        gates.append(1 / (1 + torch.exp(-logits)))
+        if len(gates[-1]) != len(streams):
+            raise ValueError(f"{name}.{kind} must have {len(streams)} streams, but got {len(gates[-1])}.")
+    read, keep, write = gates
+    return read, keep, 2 * write
 
 
 # -- one iteration: down-scale, core, up-scale, shift -------------------------------------------------------------

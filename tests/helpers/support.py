@@ -149,9 +149,12 @@ def family_options(draw) -> dict:
 def model_options(draw) -> dict:
     """Every option that changes the function a model computes."""
     options = draw(schedules()) | draw(family_options())
-    options["topology"] = draw(st.sampled_from(["mesh", "anchor", "residual", "base"]))
+    options["topology"] = draw(st.sampled_from(["mesh", "hyper_connections", "anchor", "residual", "base"]))
     if options["topology"] == "mesh" and options["chunk_sizes"] and draw(st.booleans()):
         options["num_memory_slots"] = draw(st.integers(1, 5))
+    if options["topology"] == "hyper_connections" and options["chunk_sizes"]:
+        options["num_streams"] = draw(st.sampled_from([None, 2, 3, 8]))
+        options["gate_start"] = draw(st.sampled_from([None, "blend", "replace", "zero"]))
     options["down_scaling"] = draw(st.sampled_from(["self_aggregation", "mean"]))
     options["up_scaling"] = draw(st.sampled_from(["allocation", "broadcast"]))
     for switch in ("share_core", "scale_embeddings", "tie_word_embeddings"):

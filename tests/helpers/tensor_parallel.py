@@ -12,6 +12,7 @@ MODELS = {
     "gpt_neox": {"layer_family": "gpt_neox", "share_core": False, "tie_word_embeddings": True, "topology": "anchor"},
     "llama": {"layer_family": "llama", "num_key_value_heads": 2, "mlp_bias": True, "attention_bias": True},
     "qwen3": {"layer_family": "qwen3", "num_key_value_heads": 2, "head_dim": 6, "chunk_sizes": [3, 1]},
+    "streams": {"layer_family": "llama", "num_key_value_heads": 2, "topology": "hyper_connections"},
     "plain": {"layer_family": "llama", "num_key_value_heads": 2, "chunk_sizes": [], "num_core_layers": 0},
 }
 # Chunk sizes of the view that each model is asked through as well.

@@ -29,6 +29,7 @@ def renamed(model, iterations: list[int]) -> dict[str, torch.Tensor]:
     """The parameters of those iterations, by the names that they have in a model of these iterations alone."""
     config, weights = model.config, {}
     own = {"resolutions": dict(zip(iterations, range(9), strict=False))}
+    own["connections"] = own["resolutions"]
     own["write"] = own["read"] = {0: 0} | {t + 1: i + 1 for i, t in enumerate(iterations)}
     own["core"] = {i: i for i in range(config.num_core_layers)}
     if not config.share_core:
@@ -37,7 +38,7 @@ def renamed(model, iterations: list[int]) -> dict[str, torch.Tensor]:
     for name, weight in model.state_dict().items():
         parts = name.split(".")
         for place, part in enumerate(parts[:-1]):
-            if part in own and name.startswith("model."):
+            if part in own and name.startswith("model.") and parts[place + 1].isdecimal():
                 number = own[part].get(int(parts[place + 1]))
                 parts[place + 1] = str(number)
         if "None" not in parts:

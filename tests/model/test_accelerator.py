@@ -20,12 +20,14 @@ def _on_an_accelerator(request):
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "chunk_sizes": [5, 3, 1]}
 HOW = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 HOW |= {"return_dict_in_generate": True, "output_logits": True}
-families = pytest.mark.parametrize("family", list(HEADS))
+LAYERS = {family: {"layer_family": family} for family in HEADS}
+LAYERS["streams"] = {"layer_family": "llama", "topology": "hyper_connections"}
+families = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 
 
 @families
-def test_generate_compiles_by_itself_with_a_static_cache(family):
-    model = small_model(dtype=torch.float32, layer_family=family, **WIDE)
+def test_generate_compiles_by_itself_with_a_static_cache(layers):
+    model = small_model(dtype=torch.float32, **layers, **WIDE)
     ids, mask = random_ids(3, 11), torch.ones(3, 11, dtype=torch.long)
     ids[1, :4] = mask[1, :4] = 0
     plain = model.generate(ids, attention_mask=mask, **HOW)
@@ -43,9 +45,9 @@ def relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_low_precision_errs_as_little_cached_as_uncached(family, dtype):
-    model = large_weights(SpiralFormerForCausalLM(small_config(layer_family=family, **WIDE))).to(dtype).eval()
-    exact = large_weights(SpiralFormerForCausalLM(small_config(layer_family=family, **WIDE))).to(dtype).eval()
+def test_low_precision_errs_as_little_cached_as_uncached(layers, dtype):
+    model = large_weights(SpiralFormerForCausalLM(small_config(**layers, **WIDE))).to(dtype).eval()
+    exact = large_weights(SpiralFormerForCausalLM(small_config(**layers, **WIDE))).to(dtype).eval()
     exact, ids = make_exact(exact), random_ids(2, 31)
     expected = exact(ids, use_cache=False).logits
     full = model(ids, use_cache=False).logits
@@ -59,9 +61,9 @@ def test_low_precision_errs_as_little_cached_as_uncached(family, dtype):
 
 
 @families
-def test_sharded_parameters_train_like_whole_ones(family, tmp_path):
-    model = small_model(dtype=torch.float32, layer_family=family, **WIDE)
-    sharded = small_model(dtype=torch.float32, layer_family=family, **WIDE)
+def test_sharded_parameters_train_like_whole_ones(layers, tmp_path):
+    model = small_model(dtype=torch.float32, **layers, **WIDE)
+    sharded = small_model(dtype=torch.float32, **layers, **WIDE)
     ids = random_ids(2, 31)
     device = ids.device.type
     dist.init_process_group(

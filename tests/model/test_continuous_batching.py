@@ -31,6 +31,7 @@ MODELS = {
     | {"topology": "residual", "down_scaling": "mean", "up_scaling": "broadcast", "use_parallel_residual": False},
     "own cores, tied": {"share_core": False, "tie_word_embeddings": True, "topology": "anchor"},
     "llama": {"layer_family": "llama", "chunk_sizes": [6, 2]},
+    "streams": {"topology": "hyper_connections", "chunk_sizes": [4, 1]},
     "qwen3": {"layer_family": "qwen3", "num_coda_layers": 0},
     "no token layers": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},

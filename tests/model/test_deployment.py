@@ -153,6 +153,7 @@ def test_a_map_by_hand_may_send_parts_to_disk(saved, tmp_path):
 CONFIGURATIONS = {
     "mesh": {"chunk_sizes": [4, 1], "num_core_layers": 1, "num_coda_layers": 0},
     "plain": {"chunk_sizes": [], "num_core_layers": 0},
+    "streams": {"chunk_sizes": [3, 1], "num_core_layers": 1, "topology": "hyper_connections"},
     "anchor, coarse last, far shifts": {
         **{"chunk_sizes": [2, 3], "chunk_offsets": [0, 2], "causal_shifts": [3, 2], "num_core_layers": 1},
         **{"num_coda_layers": 0, "topology": "anchor", "down_scaling": "mean", "up_scaling": "broadcast"},

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 MODELS = {
     "mesh": {},
+    "streams": {"topology": "hyper_connections"},
     "anchor, own cores": {"share_core": False, "topology": "anchor"},
     "neither scaling learned": {"chunk_sizes": [5, 3], "down_scaling": "mean", "up_scaling": "broadcast"},
     "no token layers": {"chunk_sizes": [1, 1], "num_prelude_layers": 0, "num_coda_layers": 0},

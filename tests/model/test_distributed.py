@@ -27,6 +27,8 @@ RUNS = {
     "shared, replayed": ({}, {"gradient_checkpointing": True, "side": "left"}),
     "own, replayed and accumulated": (OWN_CORES, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
     "qwen3, replayed": ({"layer_family": "qwen3"}, {"gradient_checkpointing": True}),
+    "streams": ({"topology": "hyper_connections", "num_streams": 3}, {"side": "left"}),
+    "streams, drawn": ({"topology": "hyper_connections"}, {"schedules": ["4,2,1", "4", "2,1"]}),
     "own, drawn": (OWN_CORES, {"schedules": ["4,2,1", "4", "2,1"]}),
 }
 STRATEGIES = [("ddp", name) for name in RUNS] + [("fsdp", name) for name in RUNS if "drawn" not in name]  # is refused

@@ -63,6 +63,7 @@ VARIANTS = {
     "mesh": {},
     "mesh, few slots": {"num_memory_slots": 2},
     "own cores": {"share_core": False},
+    "streams": {"topology": "hyper_connections", "num_streams": 3},
     "anchor": {"topology": "anchor", "down_scaling": "mean"},
     "residual, own cores": {"topology": "residual", "share_core": False, "up_scaling": "broadcast"},
     "base": {"topology": "base", "num_coda_layers": 0},

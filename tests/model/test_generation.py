@@ -7,6 +7,7 @@ from transformers import DynamicCache, set_seed
 
 SCHEDULES = {
     "powers of two": {"chunk_sizes": [8, 4, 2, 1]},
+    "streams": {"chunk_sizes": [3, 1], "topology": "hyper_connections"},
     "coprime": {"chunk_sizes": [5, 3], "chunk_offsets": [0, 2], "causal_shifts": [6, 9], "topology": "anchor"},
     "small cache": {"chunk_sizes": [8, 4, 2], "down_scaling": "mean", "share_core": False},
     "no loop": {"chunk_sizes": [], "num_core_layers": 0},

@@ -43,6 +43,7 @@ def make_config(**settings):
         "up_scaling": "allocation",
         "topology": "mesh",
         "num_memory_slots": None,
+        "num_streams": None,
         "share_core": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "scale_embeddings": True,
@@ -50,6 +51,7 @@ def make_config(**settings):
         "attention_bias": True,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
+        "rms_norm_eps": None,
         "tie_word_embeddings": False,
     }
     of_family = FAMILY_FIELDS[family] | ({} if family == "gpt_neox" else GATED)
@@ -91,9 +93,24 @@ def random_weights(config, seed: int = 0) -> dict[str, torch.Tensor]:
         for cycle in range(iterations + 1):
             for router in ("write", "read"):
                 add(f"model.topology.{router}.{cycle}", config.num_memory_slots or iterations + 3, width)
+    weights |= stream_weights(config, generator)
     add("model.norm", width, bias=has_bias)
     if not config.tie_word_embeddings:
         add("lm_head", config.vocab_size, width, bias=False)
+    return weights
+
+
+def stream_weights(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What hyper-connections add, and nothing for another topology."""
+    streams, weights = config.num_streams or 4, {}
+    flat = streams * config.hidden_size
+    shapes = {"norm.weight": (flat,), "loop_vector": (config.hidden_size,)}
+    for gate in ("read", "keep", "write"):
+        shapes |= {f"{gate}.projection.weight": (streams, flat), f"{gate}.scale": (1,), f"{gate}.bias": (streams,)}
+    for t in range(len(config.chunk_sizes) if config.topology == "hyper_connections" else 0):
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+            weights[f"model.topology.connections.{t}.{name}"] = weight
     return weights
 
 
@@ -206,6 +223,7 @@ def test_single_token_chunks_under_base_are_a_deeper_model(family, share_core):
         {"topology": "base", "chunk_sizes": [2, 1], "causal_shifts": [1, 2], "up_scaling": "broadcast"},
         {"chunk_sizes": [16, 7], "chunk_offsets": [0, 6], "num_memory_slots": 2, "scale_embeddings": False},
         {"layer_family": "llama", "chunk_sizes": [5, 1]},
+        {"topology": "hyper_connections", "chunk_sizes": [3, 1], "num_streams": 3},
         {"layer_family": "qwen3", "topology": "anchor", "chunk_sizes": [3, 2]},
     ],
 )

@@ -8,11 +8,14 @@ from transformers import StaticCache
 OPTIONS = [
     {"chunk_sizes": [5, 3, 1]},
     {"chunk_sizes": [8, 4, 2, 1], "topology": "anchor"},
+    {"chunk_sizes": [3, 1], "topology": "hyper_connections"},
     {"chunk_sizes": [], "num_core_layers": 0},
     {"chunk_sizes": [5, 1], "layer_family": "llama"},
     {"chunk_sizes": [3], "layer_family": "qwen3"},
 ]
-schedule = pytest.mark.parametrize("options", OPTIONS, ids=["loop", "powers of two", "no loop", "llama", "qwen3"])
+schedule = pytest.mark.parametrize(
+    "options", OPTIONS, ids=["loop", "powers of two", "streams", "no loop", "llama", "qwen3"]
+)
 
 
 class Logits(torch.nn.Module):

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, configuration_folder
-from workshop.published import PUBLISHED_MODELS, all_configs, measure, published_config, table_row, to_json
+from workshop.costs import count_parameters
+from workshop.published import (
+    HYPERLOOP_MODELS,
+    PUBLISHED_MODELS,
+    all_configs,
+    hyperloop_config,
+    hyperloop_row,
+    measure,
+    published_config,
+    table_row,
+    to_json,
+)
 
 
 @pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.name)
@@ -16,9 +27,23 @@ def test_parameters_and_flops_of_table_1(model):
     assert table_row(model, measured)[0] == model.name
 
 
+@pytest.mark.parametrize("model", HYPERLOOP_MODELS, ids=lambda model: model.name)
+def test_parameters_of_hyperloop(model):
+    """To the paper's rounding, which is that of a model without its input embedding."""
+    config = hyperloop_config(model)
+    total, _ = count_parameters(config)
+    assert round((total - config.vocab_size * config.hidden_size) / 1e6, 1) == model.parameters
+    assert config.intermediate_size == 2.75 * config.hidden_size and not config.tie_word_embeddings
+    assert config.num_key_value_heads == config.num_attention_heads == 16 and config.norm == "rms_norm"
+    assert not config.attention_bias and not config.mlp_bias and config.rope_parameters["rope_theta"] == 1e4
+    name, layers, _, counted, published, _ = hyperloop_row(model)
+    assert (name, counted) == (model.name, published)
+    assert layers == "{}+{}x{{1,1,1}}+{}".format(*model.layers)
+
+
 def test_files_are_what_the_script_writes():
     configs = all_configs()
-    assert len(configs) == 24 == len(list(Path("configuration").iterdir()))
+    assert len(configs) == 30 == len(list(Path("configuration").iterdir()))
     for name, config in configs.items():
         assert Path("configuration", name, "config.json").read_text() == to_json(config), name
         assert SpiralFormerConfig.from_pretrained(configuration_folder(name)).to_dict() == config.to_dict()

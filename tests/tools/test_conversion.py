@@ -26,6 +26,7 @@ from convert import ConversionArguments, convert
 from convert import main as convert_main
 from modeling_spiralformer import SpiralFormerForCausalLM
 from workshop.conversion import (
+    CLOSED_GATE,
     default_core_layers,
     parse_core_layers,
     plain_config,
@@ -166,6 +167,36 @@ def test_routers_start_as_the_plain_stack(slots, tolerance):
     undecided = to_spiralformer(source, router_bias=0.0, num_memory_slots=slots, **split).eval()
     near, far = ((model(ids, use_cache=False).logits - expected).abs().mean() for model in (default, undecided))
     assert error < near < far / 2
+
+
+@pytest.mark.parametrize("streams", [2, 4, 8])
+@torch.no_grad()
+def test_gates_start_as_the_plain_stack(streams):
+    """h_0 is v, a coarse update joins with a small share, and one of g = 1 replaces the state."""
+    source = neox_model()
+    split = {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 1, "chunk_sizes": [4, 2, 1]}
+    ids = random_ids(2, 19)
+    expected = source(ids, use_cache=False).logits
+    converted = to_spiralformer(source, topology="hyper_connections", num_streams=streams, **split).eval()
+    states = []
+    converted.model.topology.register_forward_hook(lambda module, inputs, outputs: states.append((inputs, outputs[0])))
+    near = (converted(ids, use_cache=False).logits - expected).abs().mean()
+    (((prelude, _), first), ((coarse, _, _), second), _, ((fine, _, _), last)) = states
+    assert (first - prelude).abs().max() < 1e-7  # biases are drawn in float32
+    assert (second - first - CLOSED_GATE * (coarse - first)).abs().max() < 1e-4 * coarse.abs().max()
+    assert (last - fine).abs().max() < 0.01 * fine.abs().max()
+    anchored = to_spiralformer(source, topology="anchor", **split).eval()
+    assert near < (anchored(ids, use_cache=False).logits - expected).abs().mean() / 20
+    routed = to_spiralformer(source, topology="mesh", **split).eval()
+    assert near < (routed(ids, use_cache=False).logits - expected).abs().mean()
+
+
+def test_no_two_gates_of_streams_start_equal():
+    split = {"num_prelude_layers": 1, "num_core_layers": 2, "num_coda_layers": 1, "chunk_sizes": [4, 2, 1]}
+    topology = to_spiralformer(neox_model(), topology="hyper_connections", **split).model.topology
+    for connection in topology.connections:
+        for gate in (connection.keep, connection.write):
+            assert len(gate.projection.weight.unique(dim=0)) == 4 and gate.scale.item() == pytest.approx(0.01)
 
 
 def test_routers_ignore_the_size_of_the_states_and_no_two_slots_start_equal():

@@ -378,7 +378,7 @@ def test_a_router_bias_has_routers_to_start(tmp_path):
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_hidden_layers=4)).save_pretrained(tmp_path / "source")
     split = "num_prelude_layers=1,num_core_layers=1,num_coda_layers=1"
-    for options in (f"{split},topology=anchor", "chunk_sizes=[]"):
+    for options in (f"{split},topology=anchor", f"{split},topology=hyper_connections", "chunk_sizes=[]"):
         arguments = convert.ConversionArguments(
             str(tmp_path / "source"), str(tmp_path / "out"), config_overrides=options, router_bias=3.0
         )

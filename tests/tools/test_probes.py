@@ -129,6 +129,7 @@ OPTIONS = [
     {"topology": "residual", "scale_embeddings": False},
     {"topology": "base"},  # zeros where the shift has moved the updates away
     {"topology": "mesh", "share_core": False},
+    {"topology": "hyper_connections", "num_streams": 3},
     {"topology": "anchor", "chunk_offsets": [0, 1, 0], "causal_shifts": [4, 5, 0]},
 ]
 
@@ -142,11 +143,17 @@ def reference_updates(model, ids: list[int]) -> dict[str, float]:
     memory, h = [x] + [[torch.zeros_like(state) for state in x]] * 5, v  # T + 3 = 6 slots
     if config.topology == "mesh":
         memory, h = reference.run_mesh_cycle(weights, 0, memory, new=v, entered=x)
+    streams = [[state] * 3 for state in v]
+    if config.topology == "hyper_connections":
+        h = reference.read_streams(config, weights, 0, streams)
     blocks = {"prelude": (x, v)}
     for t in range(len(config.chunk_sizes)):
         update = reference.run_iteration(config, weights, t, h)
         if config.topology == "mesh":
             memory, new = reference.run_mesh_cycle(weights, t + 1, memory, new=update, entered=h)
+        elif config.topology == "hyper_connections":
+            streams = reference.write_streams(config, weights, t, streams, update)
+            new = reference.read_streams(config, weights, t + 1, streams)
         else:
             carried = {"anchor": v, "residual": h, "base": [torch.zeros_like(state) for state in x]}[config.topology]
             new = [u + c for u, c in zip(update, carried, strict=True)]

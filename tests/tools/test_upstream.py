@@ -47,6 +47,7 @@ def printed(tmp_path_factory):
     [
         ({}, {}),
         ({"topology": "anchor", "chunk_sizes": [3, 1], "share_core": False}, {"num_beams": 2}),
+        ({"topology": "hyper_connections", "chunk_sizes": [3, 1]}, {}),
     ],
 )
 def test_the_assembled_model_is_the_same_function(options, generation, printed, tmp_path):
