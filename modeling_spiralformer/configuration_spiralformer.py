@@ -299,7 +299,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     def misspelt_fields(cls, names: Iterable[str]) -> list[str]:
         """One sentence for each of `names` that nothing knows and that is nearly the name of a field."""
         fields = [item.name for item in dataclasses.fields(cls)] + ["model_type", "rope_scaling", *LEGACY_ROPE_NAMES]
-        known = {*fields, *dir(cls), "sep_token_id"}  # the last of many other models
+        known = {*fields, *dir(cls), "sep_token_id", "num_beams"}  # of many other models, and of their generation
         faults = []
         for name in names:
             meant = difflib.get_close_matches(name.lower().replace("-", "_"), fields, n=1, cutoff=MISSPELT)
