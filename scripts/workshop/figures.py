@@ -121,7 +121,7 @@ def draw_architecture(path: Path) -> None:
     loop_end = first + step * len(CHUNK_SIZES)
 
     panel(axes, CARRIER_LEFT, 2.2, CARRIER_WIDTH, loop_end + 1.2 - 2.2, CARRIER)
-    label = "topology:  MeSH slots,  or anchor, residual, base"
+    label = "topology:  MeSH slots,  streams,  or anchor, residual, base"
     write(axes, CARRIER_LEFT + CARRIER_WIDTH / 2, (2.2 + loop_end + 1.2) / 2, label, ha="center", rotation=270)
     arrow(axes, (RIGHT + 0.4, 2.95), (CARRIER_LEFT, 2.95))
     write(axes, (RIGHT + CARRIER_LEFT) / 2, 2.45, "$v$", size=10, ha="center")

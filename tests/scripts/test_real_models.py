@@ -160,7 +160,7 @@ def test_costs_of_generation(workplace):
     assert len(accepted) == 2 and min(accepted) > 0.5
 
 
-def test_uptraining_begins_near_the_source(workplace):
+def test_uptraining_begins_near_the_source_and_parts_compare(workplace):
     (words,) = of("examples/uptrain.py")
     short = ["--block_size", "128", "--adapter_steps", "1", "--max_steps", "1", "--eval_steps", "1"]
     run_words([*words[1:], *short, "--held_out_blocks", "4"], workplace)
@@ -171,6 +171,14 @@ def test_uptraining_begins_near_the_source(workplace):
             [stage, n] for stage in ("new parts and LoRA", "everything") for n in (0, 1)
         ]
     assert abs(spiral[0][2] - source[0][2]) < 0.05
+    (words,) = of("scripts/train.py")
+    run_words([*words[1:], "--block_size", "64", "--max_steps", "2", "--max_eval_samples", "2"], workplace)
+    (words,) = of("scripts/compare_schedules.py")
+    short = ["--length", "64", "--sequences", "2", "--prompts", "1", "--new_tokens", "6"]
+    printed = run_words([*words[1:], *short], workplace)
+    assert [line.split(" | ")[0].lstrip("| ") for line in printed.splitlines() if "12+6x" in line] == [
+        f"12+6x{{{part}}}+12" for part in ("1/8,1/4,1/2,1", "1/8,1/4,1/2", "1/8,1/4", "1/8", "1")
+    ]
 
 
 def test_every_command_of_the_page_is_run_or_an_installation():

@@ -58,7 +58,9 @@ def test_the_assembled_model_is_the_same_function(options, generation, printed, 
     given = {"config": model.config.to_dict(), "weights": model.state_dict(), "inputs": inputs, "options": generation}
     torch.save(given, tmp_path / "given.pt")
     code = CHILD.format(root=str(ROOT))
-    run([sys.executable, "-c", code, str(printed[0].parent), "given.pt", "found.pt"], tmp_path)
+    # With an environment it is a new interpreter, not a fork of a server that may have this package already.
+    words = [sys.executable, "-c", code, str(printed[0].parent), "given.pt", "found.pt"]
+    run(words, tmp_path, OMP_NUM_THREADS="1")
     logits, generated, layer_types = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
         torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=1e-12)
