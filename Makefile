@@ -94,7 +94,7 @@ test-version:
 	$(MAKE) .venv-$(TRANSFORMERS)/.installed
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/cache tests/model/test_reference.py tests/model/test_generation.py \
 		tests/model/test_modeling.py tests/model/test_arguments.py tests/model/test_cache_name.py \
-		tests/model/test_families.py -k "not compile"
+		tests/model/test_families.py tests/model/test_continuous_batching.py -k "not compile"
 
 # The requirements of setup.py by name alone, so that its bounds hold no new release back.
 NAMES = import importlib.metadata as m, re; print(*(re.match(r"[\w.-]+(\[.*?\])?", r)[0] for r in m.requires("spiralformer")), sep="\n")

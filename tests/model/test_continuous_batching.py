@@ -266,6 +266,20 @@ def test_earlier_releases_are_refused_by_name(monkeypatch):
         make_model().generate_batch([[3, 4, 5]], decoding())
 
 
+def test_adapters_that_are_chosen_by_row_are_refused():
+    """As PEFT's `adapter_names` does it, by a hook on each layer: the rows of the flat batch are no requests."""
+    pytest.importorskip("peft")
+
+    def choose(module, args, kwargs):
+        return None
+
+    choose.__module__ = "peft.tuners.mixed"
+    model = make_model()
+    model.model.core[0].register_forward_pre_hook(choose, with_kwargs=True)
+    (result,) = model.generate_batch([[3, 4, 5]], decoding(), settings()).values()
+    assert "chosen by row in continuous batching" in result.error
+
+
 def test_several_processes_are_refused():
     model = make_model()
     model.config.distributed_config = type("Distributed", (), {"tp_size": 2})()
