@@ -26,6 +26,8 @@ OLD_NAME, NEW_NAME = "past_key_values", "cache"
 CACHE_NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME
 # Up to 5.23 a checkpointed layer in training mode drops its cache even where no gradients are recorded.
 CHECKPOINTED_LAYERS_KEEP_CACHE = CACHE_NAME == NEW_NAME
+# Up to 5.23 eager attention looks up the pages of continuous batching itself, by the number of its layer.
+EAGER_READS_PAGES = CACHE_NAME == OLD_NAME
 # In error messages, which a reader of either release understands.
 CACHE_ARGUMENT = f"`{OLD_NAME}` (`{NEW_NAME}` since transformers 5.24)"
 
@@ -54,4 +56,10 @@ def takes_either_cache_name(name: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-__all__ = ["CACHE_ARGUMENT", "CACHE_NAME", "CHECKPOINTED_LAYERS_KEEP_CACHE", "takes_either_cache_name"]
+__all__ = [
+    "CACHE_ARGUMENT",
+    "CACHE_NAME",
+    "CHECKPOINTED_LAYERS_KEEP_CACHE",
+    "EAGER_READS_PAGES",
+    "takes_either_cache_name",
+]

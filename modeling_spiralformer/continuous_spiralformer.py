@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from .batch_spiralformer import Rows
+from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
 from .paging_spiralformer import kept_counts, plan_step
@@ -99,6 +100,11 @@ def prepare_batching(
         raise NotImplementedError(
             "Continuous batching needs transformers 5.23 or later: the paged cache of earlier releases has no place "
             "for latents. Use generate() on a left-padded batch."
+        )
+    if EAGER_READS_PAGES and "eager" in str(config._attn_implementation):
+        raise ValueError(
+            "`attn_implementation` must be sdpa in continuous batching before transformers 5.24, but got "
+            f"{config._attn_implementation!r}."
         )
     mode = generation.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
