@@ -33,14 +33,15 @@ MODELS = (
     {"chunk_sizes": [4, 2, 4, 1], "num_core_layers": 1, "part": [4, 1]},
     {"chunk_sizes": [1, 3, 5], "num_core_layers": 1, "chunk_offsets": [0, 2, 1], "share_core": False, "part": [3, 5]},
 )
-HISTORIES = 60
+HISTORIES = 8 * len(MODELS)
 
 
 def run_histories() -> None:
     for seed in range(HISTORIES):
         options = dict(MODELS[seed % len(MODELS)])
         part = options.pop("part", None)  # chunk sizes of a view of the model
-        random_history(options, seed, static=seed % 4 == 3, part=part)
+        is_static = seed // len(MODELS) % 4 == 3  # two of the eight histories of each model
+        random_history(options, seed, static=is_static, part=part)
 
 
 def no_operation(self, *args) -> None:
