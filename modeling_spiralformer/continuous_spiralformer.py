@@ -89,7 +89,7 @@ class SpiralFormerAllocator(LibraryAllocator):
 def prepare_batching(
     config: SpiralFormerConfig, generation: GenerationConfig, batching: ContinuousBatchingConfig | None
 ) -> ContinuousBatchingConfig:
-    """The settings of continuous batching: those given, or the library's with a page that no chunk size cuts.
+    """The settings of continuous batching: those given, or the library's with a page that cuts no chunk.
 
     Raises:
         `NotImplementedError`: on a release of transformers before 5.23.
@@ -142,13 +142,14 @@ def these_blocks() -> Iterator[None]:
         return kind(config=config, **given)
 
     make_allocator.supports_block_table = False  # type: ignore[attr-defined]  # as the class says it
-    library_groups = getattr(library_cache, GROUPS)
 
     def group_layers(config) -> dict[str, list[int]]:
         return {TOKEN_LAYERS: token_layers(config)} if is_spiralformer(config) else library_groups(config)
 
-    ours = {ALLOCATORS: getattr(library_cache, ALLOCATORS) | {TOKEN_LAYERS: make_allocator}, GROUPS: group_layers}
     with BUILDING:
+        library_groups = getattr(library_cache, GROUPS)
+        allocators = getattr(library_cache, ALLOCATORS) | {TOKEN_LAYERS: make_allocator}
+        ours = {ALLOCATORS: allocators, GROUPS: group_layers}
         theirs = [(module, name, getattr(module, name)) for module in (library_cache, initialization) for name in ours]
         try:
             for module, name, _ in theirs:

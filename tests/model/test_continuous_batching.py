@@ -258,7 +258,7 @@ def test_what_it_cannot_follow_is_refused(batching, generation, names):
         make_model(chunk_sizes=[4, 1]).generate_batch([[3, 4, 5]], decoding(**generation), settings(**batching))
 
 
-def test_a_page_that_no_chunk_size_cuts_is_chosen_where_none_is_given():
+def test_a_page_that_cuts_no_chunk_is_chosen_where_none_is_given():
     model = make_model(chunk_sizes=[5, 3])
     manager = model.init_continuous_batching(decoding())
     assert manager.continuous_batching_config.page_size == 270 and 270 % math.lcm(5, 3) == 0
