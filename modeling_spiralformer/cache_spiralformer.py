@@ -28,7 +28,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from .batch_spiralformer import Columns, MaybeNone, Past, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
-from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig
+from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig, processes_of
 from .level_spiralformer import LatentEntry, ResolutionState
 from .static_cache_spiralformer import check_room, fit_static_layers
 from .storage_spiralformer import append_columns, write_columns
@@ -275,8 +275,7 @@ def _start(
 
 def _local_heads(config: SpiralFormerConfig) -> int:
     """Heads of keys that this process holds: tensor parallelism deals them out."""
-    heads = config.resolved_num_key_value_heads
-    processes = getattr(getattr(config, "distributed_config", None), "tp_size", 1)
+    heads, processes = config.resolved_num_key_value_heads, processes_of(config)
     if heads % processes:
         raise ValueError(f"`tp_size` must divide the {heads} heads of keys, but got {processes}.")
     return heads // processes

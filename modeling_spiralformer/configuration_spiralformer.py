@@ -145,6 +145,16 @@ floating_dtype = checked(
 label_names = checked(numbers_all_labels, "None or the names of the labels 0, 1, 2, ...")
 
 
+def unsaved_fields(topology: str | None) -> set[str]:
+    """The fields of streams where there are none: most configurations do not hold them."""
+    return set() if topology == "hyper_connections" else {*TOPOLOGY_FIELDS["hyper_connections"]}
+
+
+def processes_of(config: PreTrainedConfig) -> int:
+    """The processes that tensor parallelism deals the layers out to."""
+    return getattr(getattr(config, "distributed_config", None), "tp_size", 1)
+
+
 INTRODUCTION = r"""
 Configuration of a SpiralFormer model. The defaults give the 160M SpiralFormer-B with MeSH of arXiv 2602.11698.
 
@@ -319,8 +329,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
         known = [field for family in families for field in family.fields(config_dict.get("norm"))]
         lacked = {*FAMILY_FIELDS} - {*known}
-        if config_dict.get("topology") != "hyper_connections":
-            lacked |= {*TOPOLOGY_FIELDS["hyper_connections"]}
+        lacked |= unsaved_fields(config_dict.get("topology"))
         missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
             rotary = [config_dict.get(name) for name in ("rope_parameters", "rope_scaling")]
@@ -343,9 +352,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         Others look for a field there, such as the heads of keys, and know what to do where there is none.
         """
         values = super().to_dict()
-        lacked = {*FAMILY_FIELDS}
-        if self.topology != "hyper_connections":
-            lacked |= {*TOPOLOGY_FIELDS["hyper_connections"]}
+        lacked = {*FAMILY_FIELDS} | unsaved_fields(self.topology)
         return {name: value for name, value in values.items() if value is not None or name not in lacked}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):

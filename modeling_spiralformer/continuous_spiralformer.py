@@ -35,7 +35,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from .batch_spiralformer import Rows
 from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid, FilledChunks
-from .configuration_spiralformer import SpiralFormerConfig
+from .configuration_spiralformer import SpiralFormerConfig, processes_of
 from .paging_spiralformer import kept_counts, plan_step
 
 library_cache = sys.modules[PagedAttentionCache.__module__]
@@ -112,8 +112,8 @@ def prepare_batching(
     for field in ("stop_strings", "max_time"):  # the library would not look at them
         if getattr(generation, field) is not None:
             raise ValueError(f"`{field}` must be None in continuous batching, but got {getattr(generation, field)}.")
-    if getattr(getattr(config, "distributed_config", None), "tp_size", 1) > 1:
-        raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {config.distributed_config.tp_size}.")
+    if processes_of(config) > 1:
+        raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {processes_of(config)}.")
     period = math.lcm(*config.chunk_sizes)  # 1 without a loop
     if batching is None:
         default = ContinuousBatchingConfig().page_size
@@ -243,21 +243,11 @@ class PagedState:
 
     def __init__(self, iteration: int, grid: ChunkGrid, call: PagedCall):
         self.iteration, self.grid, self.parts, self.rows = iteration, grid, call.allocator.parts, Rows()
-        page = call.allocator.tokens_per_page
-        self.plan = plan_step(grid, call.past, call.total, call.table, page)
+        self.plan = plan_step(grid, call.past, call.total, call.table, call.allocator.tokens_per_page)
         held = self.parts[iteration][self.plan.held_blocks].split([*kept_counts(grid)], dim=1)
         self.tokens, self.latents = (states.flatten(0, 1) for states in held)
-        # The latents that can be attended to: all of each request, request after request.
-        filled = grid.num_filled(call.total)
-        requests = torch.arange(len(filled), device=filled.device).repeat_interleave(filled)
-        latents = torch.arange(len(requests), device=filled.device) - (filled.cumsum(0) - filled)[requests]
-        per_block = page // grid.size
-        self.slots = call.table[requests, latents // per_block], latents % per_block
-        self.new_slots = self.plan.slots // per_block, self.plan.slots % per_block
-        is_read = (requests == self.plan.requests[:, None]) & (latents <= self.plan.latents[:, None])
-        least = torch.finfo(self.tokens.dtype).min
-        self.mask = torch.zeros(is_read.shape, dtype=self.tokens.dtype, device=filled.device)
-        self.mask = self.mask.masked_fill(~is_read, least)[None, None]
+        dtype = self.tokens.dtype
+        self.mask = (~self.plan.attended).to(dtype)[None, None] * torch.finfo(dtype).min  # added to the scores
 
     def feed(self, states: torch.Tensor) -> FilledChunks | None:
         """Takes `(1, N, D)` new token states; returns the chunks that they fill, None where they fill none."""
@@ -304,8 +294,8 @@ class PagedIteration:
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`: keys and values `(1, H, K, E)`, and those of all latents that can be attended to."""
         store = self.state.parts[self.state.iteration, layer_idx - self.first_layer]
-        store[self.state.new_slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
-        return tuple(states.transpose(0, 1)[None] for states in store[self.state.slots].unbind(1))
+        store[self.state.plan.slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
+        return tuple(states.transpose(0, 1)[None] for states in store[self.state.plan.held_slots].unbind(1))
 
 
 __all__ = ["PagedCall", "PagedState", "SpiralFormerBatchingManager", "prepare_batching", "these_blocks"]

@@ -25,7 +25,8 @@ Latent j fills with token (j + 1) g - w - 1, one of the g tokens from j g on: it
 block's state depends on tokens after the block. So what holds for blocks of keys holds for these: they can be shared
 by requests with the same beginning, copied, dropped and computed again, and a prompt can come in parts.
 
-Shape letters: R requests, N new tokens, K latents that fill, G tokens in a chunk, P blocks that the step touches.
+Shape letters: R requests, N new tokens, K latents that fill, L latents of all requests after the step, G tokens in a
+chunk, P blocks that the step touches.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class PagedStep:
     Args:
         requests: `(K,)` the request of each latent that fills: request after request, in order.
         latents: `(K,)` its chunk index, which is its rotary position.
-        slots: `(K,)` where its keys and values go: a slot among those of all blocks.
+        slots: two of `(K,)`, where its keys and values go: a block, and a slot in it.
+        held_slots: two of `(L,)`, where the keys and values of all L latents of all requests are, those among them.
+        attended: `(K, L)` True where a latent attends to another: to those of its request up to itself.
         members: `(K, G)` the tokens of its chunk.
         present: `(K, G)` False for a member before the text.
         reads: `(N,)` the latent that each new token reads.
@@ -60,7 +63,9 @@ class PagedStep:
 
     requests: torch.Tensor
     latents: torch.Tensor
-    slots: torch.Tensor
+    slots: tuple[torch.Tensor, torch.Tensor]
+    held_slots: tuple[torch.Tensor, torch.Tensor]
+    attended: torch.Tensor
     members: torch.Tensor
     present: torch.Tensor
     reads: torch.Tensor
@@ -112,11 +117,18 @@ def plan_step(
     reads, readable = grid.pi(tokens - grid.shift), tokens >= grid.shift
     kept_requests, kept_blocks, ends = step.touched(block_size)
     open_tokens, newest = _kept(grid, ends)
+    held_requests, held_latents = _counted(torch.zeros_like(step.has), step.has)
     per_block = block_size // grid.size
+
+    def slots_of(requests: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return table[requests, latents // per_block], latents % per_block
+
     return PagedStep(
         requests=requests,
         latents=latents,
-        slots=table[requests, latents // per_block] * per_block + latents % per_block,
+        slots=slots_of(requests, latents),
+        held_slots=slots_of(held_requests, held_latents),
+        attended=(held_requests == requests[:, None]) & (held_latents <= latents[:, None]),
         members=step.token_index(requests[:, None], members, present),
         present=present,
         reads=step.latent_index(token_requests, reads, readable),

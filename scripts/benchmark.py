@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import full_grids, measure, small_grids
+from workshop.benchmarks.measuring import full_grids, measure, small_grids, with_compiled
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
 from workshop.settings import check_counts
@@ -59,7 +59,8 @@ class BenchmarkArguments:
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     if arguments.results is None:
-        grids = (full_grids if arguments.full else small_grids)(arguments.layer_family, arguments.compiled)
+        grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
+        grids = with_compiled(grids) if arguments.compiled else grids
         results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
         write_json(arguments.output, results)
         print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")

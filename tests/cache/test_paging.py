@@ -31,15 +31,14 @@ class Engine:
     def __init__(self, resolution: SpiralFormerResolution, grid: ChunkGrid, blocks: int, block_size: int):
         self.resolution, self.grid, self.block_size = resolution, grid, block_size
         tokens, latents = kept_counts(grid)
-        self.slots = torch.full((blocks * block_size // grid.size, WIDTH), UNWRITTEN, dtype=torch.float64)
+        self.slots = torch.full((blocks, block_size // grid.size, WIDTH), UNWRITTEN, dtype=torch.float64)
         self.tokens = torch.full((blocks, tokens, WIDTH), UNWRITTEN, dtype=torch.float64)
         self.latents = torch.full((blocks, latents, WIDTH), UNWRITTEN, dtype=torch.float64)
 
     def copy(self, source: int, target: int) -> None:
         """The contents of one block into another."""
-        per_block = self.block_size // self.grid.size
-        self.slots.view(-1, per_block, WIDTH)[target] = self.slots.view(-1, per_block, WIDTH)[source]
-        self.tokens[target], self.latents[target] = self.tokens[source], self.latents[source]
+        for store in (self.slots, self.tokens, self.latents):
+            store[target] = store[source]
 
     def step(self, past: list[int], tables: list[list[int]], states: list[torch.Tensor]) -> list[torch.Tensor]:
         """Updates `(S, D)` of the new token states `(S, D)` of each request."""
@@ -50,20 +49,15 @@ class Engine:
         tokens = torch.cat([*states, self.tokens[plan.held_blocks].flatten(0, 1)])
         members = self.resolution._scale_down(tokens[plan.members][None], plan.present[None])[0]
         self.slots[plan.slots] = members
-        latents = torch.stack(
-            [self._core(table[request], latent) for request, latent in zip(plan.requests, plan.latents, strict=True)]
-            or [torch.zeros(0, WIDTH)]
-        ).view(-1, WIDTH)
+        held = self.slots[plan.held_slots]
+        latents = [sum_of_earlier(held[attended])[-1] for attended in plan.attended]
+        latents = torch.stack(latents) if latents else held[:0]
         latents = torch.cat([latents, self.latents[plan.held_blocks].flatten(0, 1)])
         places = self.resolution._scale_up(latents[plan.reads][None]).view(-1, self.grid.size, WIDTH)
         updates = places[torch.arange(len(places)), plan.places]
         self.tokens[plan.kept_blocks] = tokens[plan.kept_tokens]
         self.latents[plan.kept_blocks] = latents[plan.kept_latents]
         return list(torch.where(plan.readable[:, None], updates, 0.0).split(lengths))
-
-    def _core(self, blocks: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        per_block, earlier = self.block_size // self.grid.size, torch.arange(int(latent) + 1)
-        return sum_of_earlier(self.slots[blocks[earlier // per_block] * per_block + earlier % per_block])[-1]
 
 
 @dataclass

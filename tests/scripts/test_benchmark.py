@@ -11,7 +11,15 @@ from transformers import DynamicCache
 import benchmark
 from benchmark import BenchmarkArguments
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import DecodeSetting, Grid, floored_of, full_grids, measure, small_grids
+from workshop.benchmarks.measuring import (
+    DecodeSetting,
+    Grid,
+    floored_of,
+    full_grids,
+    measure,
+    small_grids,
+    with_compiled,
+)
 from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
 from workshop.benchmarks.results import GridResults, Ratio, report
 from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
@@ -189,8 +197,8 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
 
 @pytest.mark.parametrize("grids", [small_grids, full_grids])
 def test_compiled_decoding_is_measured_where_it_is_asked_for(grids):
-    for plain, with_compiled in zip(grids("llama"), grids("llama", compiled=True), strict=True):
-        added = [setting for setting in with_compiled.decode if setting not in plain.decode]
+    for plain, longer in zip(grids("llama"), with_compiled(grids("llama")), strict=True):
+        added = [setting for setting in longer.decode if setting not in plain.decode]
         assert [setting.batch for setting in added] == [1, 8] and all(setting.compiled for setting in added)
         assert not any(setting.compiled for setting in plain.decode)
 

@@ -6,7 +6,7 @@ within a run mean anything.
 
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -57,10 +57,9 @@ class Grid:
         return [name for name, model in models_of(self.family).items() if not model.zero_offsets]
 
 
-def small_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
-    """What a CPU measures of a family of layers in under half an hour, and longer with `compiled` decoding."""
+def small_grids(family: str) -> tuple[Grid, ...]:
+    """What a CPU measures of a family of layers in under half an hour."""
     every, floored = tuple(models_of(family)), floored_of(family)
-    both = tuple(DecodeSetting(batch, floored, compiled=True) for batch in (1, 8)) if compiled else ()
     return (
         Grid(
             family=family,
@@ -73,7 +72,6 @@ def small_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
                 DecodeSetting(1, every, floored),
                 DecodeSetting(8, every, floored),
                 DecodeSetting(8, floored, floored, ragged=True),
-                *both,
             ),
         ),
         Grid(
@@ -83,15 +81,14 @@ def small_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
             prefill_lengths=(),
             training_lengths=(),
             context=512,
-            decode=(DecodeSetting(1, floored, floored), DecodeSetting(8, floored, floored, ragged=True), *both),
+            decode=(DecodeSetting(1, floored, floored), DecodeSetting(8, floored, floored, ragged=True)),
         ),
     )
 
 
-def full_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
-    """What an accelerator measures in a few minutes, and longer with `compiled` decoding."""
+def full_grids(family: str) -> tuple[Grid, ...]:
+    """What an accelerator measures in a few minutes."""
     every, floored = tuple(models_of(family)), floored_of(family)
-    both = tuple(DecodeSetting(batch, floored, compiled=True) for batch in (1, 8)) if compiled else ()
     return tuple(
         Grid(
             family=family,
@@ -104,11 +101,19 @@ def full_grids(family: str, compiled: bool = False) -> tuple[Grid, ...]:
                 DecodeSetting(1, every, floored),
                 *(DecodeSetting(batch, floored, floored) for batch in (8, 32)),
                 DecodeSetting(8, floored, floored, ragged=True),
-                *both,
             ),
         )
         for width, layers in ((768, 12), (1024, 24))
     )
+
+
+def with_compiled(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """The same with compiled decoding too: minutes for each model and batch."""
+
+    def settings(grid: Grid) -> list[DecodeSetting]:
+        return [DecodeSetting(batch, floored_of(grid.family), compiled=True) for batch in (1, 8)]
+
+    return tuple(replace(grid, decode=(*grid.decode, *settings(grid))) for grid in grids)
 
 
 @dataclass
