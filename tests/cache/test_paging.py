@@ -144,12 +144,13 @@ def test_any_split_of_any_requests_gives_what_each_gives_alone(grid, chunks_in_b
 def test_one_request_fills_what_the_cache_of_one_row_fills(grid, past, new):
     """Latents, members and what is present, as `ChunkGrid.filling` has them."""
     table, total = torch.arange(80)[None], past + new
-    plan = plan_step(grid, torch.tensor([past]), torch.tensor([total]), table, grid.size)
+    plan = plan_step(grid, torch.tensor([past]), torch.tensor([total]), table, 2 * grid.size)
     filled = grid.filling(past, total, None, torch.device("cpu"), skip_idle=True)
     if filled is None:
         assert not len(plan.latents)
         return
     assert plan.latents.tolist() == filled.position_ids[0].tolist()
+    assert all(map(torch.equal, plan.slots, (plan.latents // 2, plan.latents % 2)))
     tokens = filled.member_columns + torch.arange(filled.count * grid.size).view(-1, grid.size)
     assert torch.equal(plan.present, tokens >= 0)
     new_members = plan.present & (tokens >= past)
