@@ -23,20 +23,25 @@ Shape letters: N new tokens of all requests, K latents that fill, G tokens in a 
 import math
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
 from transformers.generation.continuous_batching import ContinuousBatchingManager, initialization
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .batch_spiralformer import Rows
 from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig, processes_of
 from .paging_spiralformer import kept_counts, plan_step
+from .stopping_spiralformer import StoppingRouter
 
 library_cache = sys.modules[PagedAttentionCache.__module__]
 TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these blocks are for
@@ -44,6 +49,20 @@ TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these b
 # They are private: tests/model/test_continuous_batching.py tells when they move.
 ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
 BUILDING = threading.Lock()
+# What the library keeps without saying that it may: these look at scores alone, others at the text of each row too,
+# and the rows of a flat batch are no texts.
+SCORES_ALONE = (
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TopHLogitsWarper",
+    "TypicalLogitsWarper",
+)
+# The tokenizer that the call of generate_batch() in this thread was given: the library hands it to nobody.
+TOKENIZER: ContextVar[PreTrainedTokenizerBase | None] = ContextVar("tokenizer", default=None)
 # What the library has for other models; releases before 5.23 build their cache otherwise.
 LibraryAllocator: Any = getattr(library_cache, "FullAttentionCacheAllocator", object)
 
@@ -87,14 +106,18 @@ class SpiralFormerAllocator(LibraryAllocator):
 
 
 def prepare_batching(
-    config: SpiralFormerConfig, generation: GenerationConfig, batching: ContinuousBatchingConfig | None
+    config: SpiralFormerConfig,
+    generation: GenerationConfig,
+    processors: LogitsProcessorList,
+    batching: ContinuousBatchingConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> ContinuousBatchingConfig:
     """The settings of continuous batching: those given, or the library's with a page that cuts no chunk.
 
     Raises:
         `NotImplementedError`: on a release of transformers before 5.23.
-        `ValueError`: for decoding that the library does not do here, a page that cuts a chunk, CUDA graphs and
-            compilation, or several processes.
+        `ValueError`: for decoding that the library does not do here, stop strings without a tokenizer, a page that
+            cuts a chunk, CUDA graphs and compilation, or several processes.
     """
     if not hasattr(library_cache, ALLOCATORS):
         raise NotImplementedError(
@@ -106,14 +129,9 @@ def prepare_batching(
             "`attn_implementation` must be sdpa in continuous batching before transformers 5.24, but got "
             f"{config._attn_implementation!r}."
         )
-    mode = generation.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"Continuous batching decodes greedily or by sampling, but got {mode.value}: use generate().")
-    for field in ("stop_strings", "max_time"):  # the library would not look at them
-        if getattr(generation, field) is not None:
-            raise ValueError(f"`{field}` must be None in continuous batching, but got {getattr(generation, field)}.")
     if processes_of(config) > 1:
         raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {processes_of(config)}.")
+    check_decoding(generation, processors, tokenizer)
     period = math.lcm(*config.chunk_sizes)  # 1 without a loop
     if batching is None:
         default = ContinuousBatchingConfig().page_size
@@ -131,6 +149,30 @@ def prepare_batching(
                 "and a graph has fixed shapes."
             )
     return batching
+
+
+def check_decoding(
+    generation: GenerationConfig, processors: LogitsProcessorList, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuses what the library would not look at, or would do with the flat batch as with rows of texts.
+
+    Raises:
+        `ValueError`: naming it.
+    """
+    mode = generation.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"Continuous batching decodes greedily or by sampling, but got {mode.value}: use generate().")
+    if generation.max_time is not None:  # the library would not look at it
+        raise ValueError(f"`max_time` must be None in continuous batching, but got {generation.max_time}.")
+    if generation.stop_strings and tokenizer is None:
+        raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
+    for processor in processors:
+        name = type(processor).__name__
+        if not processor.supports_continuous_batching and name not in SCORES_ALONE:
+            raise ValueError(
+                f"The logits processors of continuous batching must look at scores alone, but got {name}, which looks "
+                "at the text of a row: use generate()."
+            )
 
 
 @contextmanager
@@ -172,23 +214,67 @@ def token_layers(config: SpiralFormerConfig) -> list[int]:
 
 
 class SpiralFormerBatchingManager(ContinuousBatchingManager):
-    """The library's manager, whose paged cache is built of these blocks.
+    """The library's manager, whose paged cache is built of these blocks, and whose requests may have stop strings.
 
     The library makes it, as one of its own class, for it does more before that than a constructor. Then it becomes one
     of this class.
     """
 
+    output_router: StoppingRouter
+    tokenizer: PreTrainedTokenizerBase | None
+
     @classmethod
-    def made_by(cls, make: Callable[[], ContinuousBatchingManager]) -> ContinuousBatchingManager:
-        """The manager that the library makes."""
+    def made_by(
+        cls, make: Callable[[], ContinuousBatchingManager], tokenizer: PreTrainedTokenizerBase | None
+    ) -> "SpiralFormerBatchingManager":
+        """The manager that the library makes, or the one that it had kept.
+
+        Args:
+            tokenizer: that of stop strings.
+        """
         with these_blocks():
-            manager = make()
-        manager.__class__ = cls
+            manager: Any = make()
+        if not isinstance(manager, cls):
+            manager.__class__ = cls
+            manager.output_router = StoppingRouter(super(cls, manager).cancel_request)
+        manager.tokenizer = tokenizer
         return manager
 
     def _create_batch_processor(self):
         with these_blocks():
             return super()._create_batch_processor()
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        *args,
+        stop_strings: str | list[str] | None = None,
+        **kwargs,
+    ) -> str | None:
+        """As the library does; `stop_strings` are those of this request, or of the generation configuration.
+
+        Raises:
+            `ValueError`: for stop strings where the manager has no tokenizer.
+        """
+        stop_strings = self.generation_config.stop_strings if stop_strings is None else stop_strings
+        if not stop_strings:
+            return super().add_request(input_ids, request_id, max_new_tokens, streaming, *args, **kwargs)
+        request_id = request_id or f"req_{uuid.uuid4().hex}"
+        texts = [request_id, *(f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))]
+        self.output_router.watch(texts, stop_strings, self.tokenizer, streaming)
+        added = super().add_request(input_ids, request_id, max_new_tokens, True, *args, **kwargs)
+        if added is None:  # the library takes no more, and has said so
+            for text in texts:
+                self.output_router.forget(text)
+        return added
+
+    def cancel_request(self, request_id: str) -> None:
+        """As the library does."""
+        self.output_router.forget(request_id)
+        super().cancel_request(request_id)
 
 
 # -- one step -----------------------------------------------------------------------------------------------------

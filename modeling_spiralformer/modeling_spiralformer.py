@@ -34,6 +34,8 @@ Shape letters: B batch, R rows of the batch that run, S new tokens (all L of the
 of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial, wraps
@@ -48,6 +50,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -70,6 +73,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.processing_utils import Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -86,7 +90,13 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
-from .continuous_spiralformer import PagedCall, PagedState, SpiralFormerBatchingManager, prepare_batching
+from .continuous_spiralformer import (
+    TOKENIZER,
+    PagedCall,
+    PagedState,
+    SpiralFormerBatchingManager,
+    prepare_batching,
+)
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
@@ -654,17 +664,48 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         workload_hints: WorkloadHints | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> ContinuousBatchingManager:
         """As the library does, over blocks that hold latents (`continuous_spiralformer`).
+
+        Args:
+            tokenizer: that of stop strings, where a request has any.
 
         Raises:
             `NotImplementedError`: on a release of transformers before 5.23, whose paged cache is built otherwise.
             `ValueError`: for a decoding method, or a setting, that it cannot follow.
         """
         decoding = self.generation_config if generation_config is None else generation_config
-        batching = prepare_batching(self.config, decoding, continuous_batching_config)
+        tokenizer = TOKENIZER.get() if tokenizer is None else tokenizer
+        seen = copy.deepcopy(decoding)  # the library makes some processors only where special tokens are prepared
+        seen.eos_token_id = None if seen.eos_token_id == -1 else seen.eos_token_id  # the library's word for none, here
+        self._prepare_special_tokens(seen, kwargs_has_attention_mask=True, device=self.device)
+        processors = self._get_logits_processor(seen, input_ids_seq_length=1)
+        batching = prepare_batching(self.config, decoding, processors, continuous_batching_config, tokenizer)
         make = super().init_continuous_batching
-        return SpiralFormerBatchingManager.made_by(lambda: make(generation_config, batching, workload_hints))
+        return SpiralFormerBatchingManager.made_by(
+            lambda: make(generation_config, batching, workload_hints), tokenizer
+        )
+
+    def generate_batch(
+        self, inputs: list[list[int]], *args, tokenizer: PreTrainedTokenizerBase | None = None, **options
+    ) -> dict[str, GenerationOutput]:
+        """As the library does; with `stop_strings` in the generation configuration it takes their `tokenizer`.
+
+        Raises:
+            `NotImplementedError`, `ValueError`: as `init_continuous_batching`; for an option that has no effect.
+        """
+        unknown = [*options.keys() - inspect.signature(super().generate_batch).parameters.keys() - {"max_new_tokens"}]
+        if unknown:
+            raise ValueError(
+                "`generate_batch` takes `max_new_tokens`, and all else of decoding in `generation_config`, but got "
+                f"{unknown}."
+            )
+        given = TOKENIZER.set(tokenizer)
+        try:
+            return super().generate_batch(inputs, *args, **options)
+        finally:
+            TOKENIZER.reset(given)
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         """Infers a mask from pad ids as the library does, and refuses pad ids after a row's first token.

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import transformers
+from documents import ROOT
 from packaging import version
 from support import random_ids, small_model
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import initialization
 
@@ -185,6 +186,106 @@ def test_requests_with_settings_of_their_own_come_and_go():
     assert "cancelled" not in last or not last["cancelled"].is_finished()
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "tokenization")
+
+
+def stopped_alone(model, tokenizer, prompt: list[int], stop: str | list[str], new: int) -> list[int]:
+    """The greedy text of one prompt up to a stop string, by generate()."""
+    how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(torch.tensor([prompt]), **how, stop_strings=stop, tokenizer=tokenizer)
+    return out[0, len(prompt) :].tolist()
+
+
+def stop_string(model, tokenizer, prompt: list[int], at: int) -> str:
+    """What begins within a token of its greedy text, that at `at`, and ends within the next but one."""
+    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=at + 3, do_sample=False, pad_token_id=0)[0, -3:]
+    first, second, third = (tokenizer.decode([token]) for token in tokens)
+    return first[-1:] + second + third[:1]
+
+
+def test_stop_strings_end_texts_where_generate_ends_them(tokenizer):
+    """Strings that begin in one token and end in another, in some texts and not in others."""
+    model = make_model(chunk_sizes=[4, 2, 1], vocab_size=4096, seed=5)
+    texts = prompts((20, 33, 11, 26))
+    stops = [stop_string(model, tokenizer, texts[0], 0), stop_string(model, tokenizer, texts[2], 4)]
+    expected = [stopped_alone(model, tokenizer, prompt, stops, 30) for prompt in texts]
+    assert len(expected[0]) == 3 and len(expected[2]) == 7 and 30 in map(len, expected)
+    for per_text in (1, 2):
+        likeliest = {} if per_text == 1 else {"do_sample": True, "top_k": 1}
+        config = decoding(max_new_tokens=30, stop_strings=stops, num_return_sequences=per_text, **likeliest)
+        results = model.generate_batch(texts, config, settings(), tokenizer=tokenizer)
+        assert [one.generated_tokens for one in results.values()] == [
+            text for text in expected for _ in range(per_text)
+        ]
+
+
+def test_requests_have_stop_strings_of_their_own(tokenizer):
+    """Streamed or not, and one cancelled; the manager remembers none of them."""
+    model = make_model(chunk_sizes=[4, 2, 1], vocab_size=4096, seed=5)
+    texts, new = prompts((20, 33, 40, 26)), 25
+    first, last = (stop_string(model, tokenizer, texts[number], at) for number, at in ((0, 0), (3, 7)))
+    stops = [first, "no", ["neither", "nor"], [last]]
+    expected = [stopped_alone(model, tokenizer, prompt, stop, new) for prompt, stop in zip(texts, stops, strict=True)]
+    assert len(expected[0]) == 3 and len(expected[2]) == new and len(expected[3]) == 10
+    manager = model.init_continuous_batching(decoding(max_new_tokens=new), settings(), tokenizer=tokenizer)
+    manager.start()
+    outputs: dict[str, list] = {name: [] for name in "0123"}
+    try:
+        for number, (prompt, stop) in enumerate(zip(texts, stops, strict=True)):
+            manager.add_request(prompt, str(number), streaming=number == 0, stop_strings=stop)
+        manager.cancel_request("1")
+        for result in manager:
+            outputs[result.request_id].append(result)
+            if all(outputs[name] and outputs[name][-1].is_finished() for name in "023"):
+                break
+    finally:
+        manager.stop(block=True)
+    assert len(outputs["0"]) == len(expected[0]) and not outputs["1"]
+    for name in "023":
+        assert outputs[name][-1].error is None and outputs[name][-1].generated_tokens == expected[int(name)]
+    assert len(outputs["2"]) == len(outputs["3"]) == 1
+    assert not manager.output_router.watched
+    with pytest.raises(ValueError, match="`tokenizer` must be given with `stop_strings`, but got None"):
+        model.init_continuous_batching(decoding(), settings()).add_request([3, 4], stop_strings="x")
+
+
+def test_a_dropped_request_still_stops(tokenizer):
+    """In a cache for two requests and a little more, of which all have a stop string that the third comes to late."""
+    model = make_model(chunk_sizes=[4, 2, 1], vocab_size=4096, seed=5)
+    texts, new = prompts((40, 41, 42, 43)), 40
+    stops = [stop_string(model, tokenizer, texts[2], 35), "never"]
+    expected = [stopped_alone(model, tokenizer, prompt, stops, new) for prompt in texts]
+    assert list(map(len, expected)) == [40, 40, 38, 40]
+    small = settings(num_blocks=2 * -(-(43 + 40) // 24), allow_block_sharing=False, max_batch_tokens=96)
+    with counting_tokens(model) as read:
+        results = model.generate_batch(
+            texts, decoding(max_new_tokens=new, stop_strings=stops), small, tokenizer=tokenizer
+        )
+    assert [one.generated_tokens for one in results.values()] == expected
+    assert read[0] > sum(map(len, texts)) + sum(map(len, expected)) - len(texts)
+
+
+def test_requests_of_very_unequal_length():
+    """One of one token beside one of 700, which comes in parts; and texts of one and of 120 new tokens."""
+    model = make_model(chunk_sizes=[8, 4, 1])
+    texts, new = prompts((1, 700, 2, 350)), (60, 1, 12, 2)
+    manager = model.init_continuous_batching(decoding(), settings(num_blocks=128, max_batch_tokens=64))
+    manager.start()
+    results = {}
+    try:
+        for number, (prompt, count) in enumerate(zip(texts, new, strict=True)):
+            manager.add_request(prompt, str(number), max_new_tokens=count)
+        while len(results) < len(texts) and manager.is_running():
+            if result := manager.get_result(timeout=1):
+                results[result.request_id] = result
+    finally:
+        manager.stop(block=True)
+    for number, (prompt, count) in enumerate(zip(texts, new, strict=True)):
+        assert results[str(number)].generated_tokens == alone(model, prompt, count)[0]
+
+
 def test_blocks_hold_what_the_formula_says():
     """Keys and values of each layer at its resolution, and the state of each resolution once a block."""
     model = make_model(chunk_sizes=[8, 4, 2, 1], layer_family="llama")
@@ -248,7 +349,15 @@ def test_other_models_keep_their_blocks_meanwhile():
         ({"default_compile_level": 1}, {}, "`default_compile_level`"),
         ({"varlen_compile_config": {"mode": "default"}}, {}, "`varlen_compile_config`"),
         ({}, {"num_beams": 3}, "decodes greedily or by sampling, but got beam_search"),
-        ({}, {"stop_strings": ["x"]}, "`stop_strings` must be None"),
+        ({}, {"stop_strings": ["x"]}, "`tokenizer` must be given with `stop_strings`, but got None"),
+        ({}, {"repetition_penalty": 1.5}, "at scores alone, but got RepetitionPenaltyLogitsProcessor"),
+        ({}, {"no_repeat_ngram_size": 2}, "at scores alone, but got NoRepeatNGramLogitsProcessor"),
+        ({}, {"bad_words_ids": [[5, 6]]}, "at scores alone, but got NoBadWordsLogitsProcessor"),
+        (
+            {"drop_unsupported_processors": False},
+            {"min_new_tokens": 3, "eos_token_id": 5},
+            "at scores alone, but got Min",
+        ),
         ({}, {"max_time": 1.0}, "`max_time` must be None"),
     ],
     ids=str,
@@ -256,6 +365,11 @@ def test_other_models_keep_their_blocks_meanwhile():
 def test_what_it_cannot_follow_is_refused(batching, generation, names):
     with pytest.raises(ValueError, match=names):
         make_model(chunk_sizes=[4, 1]).generate_batch([[3, 4, 5]], decoding(**generation), settings(**batching))
+
+
+def test_an_option_that_the_library_would_drop_is_refused():
+    with pytest.raises(ValueError, match=r"all else of decoding in `generation_config`, but got \['temperature'\]"):
+        make_model().generate_batch([[3, 4, 5]], decoding(), settings(), temperature=0.5)
 
 
 def test_a_page_that_cuts_no_chunk_is_chosen_where_none_is_given():

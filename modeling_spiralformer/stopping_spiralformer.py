@@ -1,0 +1,83 @@
+# Copyright 2026 The SpiralFormer maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Stop strings in continuous batching, where the library ends a request by its tokens alone."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+
+class StoppingRouter(OutputRouter):
+    """Delivers the outputs of requests, and ends a request once its text comes to one of its stop strings.
+
+    It sees a request's output after every token: one with stop strings has to be added as streaming. The text is
+    looked at as `generate()` does it, by the library's `StopStringCriteria`, prompt included.
+
+    Args:
+        cancel: called with the id of a request that ends here, before its last output goes out.
+    """
+
+    def __init__(self, cancel: Callable[[str], None]):
+        super().__init__()
+        self.cancel = cancel
+        self.watched: dict[str, tuple[StopStringCriteria, bool]] = {}
+
+    def watch(
+        self,
+        request_ids: list[str],
+        stop_strings: str | list[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        streaming: bool,
+    ) -> None:
+        """Requests to end at these strings; where not `streaming`, only their last output goes out.
+
+        Raises:
+            `ValueError`: without a tokenizer.
+        """
+        if tokenizer is None:
+            raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
+        criteria = StopStringCriteria(tokenizer, stop_strings)
+        self.watched |= dict.fromkeys(request_ids, (criteria, streaming))
+
+    def forget(self, request_id: str) -> None:
+        """Looks at this request no more."""
+        self.watched.pop(request_id, None)
+
+    def deliver(self, output: GenerationOutput) -> None:
+        """As the library does; such an output is an error, and the request's last."""
+        self.forget(output.request_id)
+        super().deliver(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """As the library does, of those that are to go out."""
+        super().deliver_batch([output for output in outputs if self._goes_out(output)])
+
+    def _goes_out(self, output: GenerationOutput) -> bool:
+        criteria, streaming = self.watched.get(output.request_id, (None, True))
+        if criteria is None:
+            return True
+        if not output.is_finished() and criteria(torch.tensor([output.prompt_ids + output.generated_tokens]), None):
+            output.status, output.lifespan = RequestStatus.FINISHED, (output.lifespan[0], time.perf_counter())
+            self.cancel(output.request_id)
+        if output.is_finished():
+            self.forget(output.request_id)
+        return streaming or output.is_finished()
+
+
+__all__ = ["StoppingRouter"]
