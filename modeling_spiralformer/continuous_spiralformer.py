@@ -41,6 +41,7 @@ from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig, processes_of
 from .paging_spiralformer import kept_counts, plan_step
+from .request_attention_spiralformer import BY_REQUEST, RequestAttention
 from .stopping_spiralformer import StoppingRouter
 
 library_cache = sys.modules[PagedAttentionCache.__module__]
@@ -237,8 +238,16 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         if not isinstance(manager, cls):
             manager.__class__ = cls
             manager.output_router = StoppingRouter(super(cls, manager).cancel_request)
+        manager.switch_to_cb_friendly_attn(manager.model)
         manager.tokenizer = tokenizer
         return manager
+
+    def switch_to_cb_friendly_attn(self, model, auto_switch_to_flash: bool = True) -> None:
+        """Has the layers attend request by request, until the library puts back what they had."""
+        usual = self._original_attn_impl or model.config._attn_implementation
+        if usual in BY_REQUEST:
+            self._original_attn_impl = usual
+            model.set_attn_implementation(BY_REQUEST[usual])
 
     def _create_batch_processor(self):
         with these_blocks():
@@ -287,7 +296,6 @@ class PagedCall:
         cache: the library's paged cache.
         grids: those of the schedule, which has a state for each.
         position_ids: `(1, N)` the place of each new token in its text.
-        token_mask: `(1, 1, N, tokens)` what the new tokens attend to in the token layers.
         step: what else the library says of its batch.
     """
 
@@ -296,15 +304,15 @@ class PagedCall:
         cache: PagedAttentionCache,
         grids: list[ChunkGrid],
         position_ids: torch.Tensor,
-        token_mask: torch.Tensor,
         step: dict[str, Any],
     ):
-        self.position_ids, self.token_mask = position_ids, token_mask
+        self.position_ids = position_ids
         self.allocator: Any = cache.cache_allocators[TOKEN_LAYERS]  # a `SpiralFormerAllocator`
         self.read_index, self.write_index = step["read_index"][0], step["write_index"][0]
         ends = step["cu_seq_lens_k"][TOKEN_LAYERS].long()
         self.total = ends.diff()
-        self.past = self.total - step["cu_seq_lens_q"].long().diff()
+        new = step["cu_seq_lens_q"].long().diff()
+        self.past, self.token_mask = self.total - new, RequestAttention(new, self.total, self.allocator.cache_dtype)
         # The places of all tokens, request after request; where no request goes on, all tokens are new.
         places = (self.read_index if self.read_index.numel() else self.write_index).long()
         pages = torch.arange(0, int(self.total.max()), self.allocator.tokens_per_page, device=ends.device)
@@ -318,8 +326,8 @@ class PagedCall:
         held = self.allocator.update(*new, layer_idx, self.read_index, self.write_index)
         return tuple(states.transpose(0, 1)[None] for states in held)
 
-    def iteration(self, iteration: int, first_layer: int) -> "tuple[PagedIteration, torch.Tensor]":
-        """The cache of the core's layers in that iteration, the first of which has that number, and their mask."""
+    def iteration(self, iteration: int, first_layer: int) -> "tuple[PagedIteration, RequestAttention]":
+        """The cache of the core's layers in an iteration, the first of which has that number, and their attention."""
         state = self.states[iteration]
         return PagedIteration(state, first_layer), state.mask
 
@@ -332,8 +340,7 @@ class PagedState:
         self.plan = plan_step(grid, call.past, call.total, call.table, call.allocator.tokens_per_page)
         held = self.parts[iteration][self.plan.held_blocks].split([*kept_counts(grid)], dim=1)
         self.tokens, self.latents = (states.flatten(0, 1) for states in held)
-        dtype = self.tokens.dtype
-        self.mask = (~self.plan.attended).to(dtype)[None, None] * torch.finfo(dtype).min  # added to the scores
+        self.mask = RequestAttention(self.plan.counts, self.plan.held_counts, self.tokens.dtype)
 
     def feed(self, states: torch.Tensor) -> FilledChunks | None:
         """Takes `(1, N, D)` new token states; returns the chunks that they fill, None where they fill none."""
@@ -378,7 +385,7 @@ class PagedIteration:
         self.state, self.first_layer = state, first_layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """As `Cache.update`: keys and values `(1, H, K, E)`, and those of all latents that can be attended to."""
+        """As `Cache.update`: keys and values `(1, H, K, E)`, and those of all latents that are attended to."""
         store = self.state.parts[self.state.iteration, layer_idx - self.first_layer]
         store[self.state.plan.slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
         return tuple(states.transpose(0, 1)[None] for states in store[self.state.plan.held_slots].unbind(1))

@@ -100,6 +100,7 @@ from .continuous_spiralformer import (
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
+from .request_attention_spiralformer import RequestAttention
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import TOPOLOGIES, SpiralFormerConnection, SpiralFormerGate
 
@@ -504,7 +505,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     def _read_step(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: None,
         position_ids: torch.Tensor,
         cache: PagedAttentionCache,
         use_cache: bool | None,
@@ -515,7 +516,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             check_shared(self)
         if meet_adapters(self):
             raise ValueError("Adapters must not be chosen by row in continuous batching: its batch is one row.")
-        call = PagedCall(cache, self.grids, position_ids, attention_mask, step)
+        call = PagedCall(cache, self.grids, position_ids, step)
         return call, call.states, call, {}
 
     def _core_cache(
@@ -552,7 +553,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _token_mask(
         self, batch: Batch | PagedCall, cache: Cache | PagedCall | None, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor | RequestAttention | None:
         """The mask of prelude and coda, sized by the first cache entry at token resolution."""
         if not isinstance(batch, Batch):
             return batch.token_mask

@@ -25,8 +25,8 @@ Latent j fills with token (j + 1) g - w - 1, one of the g tokens from j g on: it
 block's state depends on tokens after the block. So what holds for blocks of keys holds for these: they can be shared
 by requests with the same beginning, copied, dropped and computed again, and a prompt can come in parts.
 
-Shape letters: R requests, N new tokens, K latents that fill, L latents of all requests after the step, G tokens in a
-chunk, P blocks that the step touches.
+Shape letters: R requests, N new tokens, K latents that fill, L latents after the step of the requests with any such, G
+tokens in a chunk, P blocks that the step touches.
 """
 
 from dataclasses import dataclass
@@ -48,8 +48,9 @@ class PagedStep:
         requests: `(K,)` the request of each latent that fills: request after request, in order.
         latents: `(K,)` its chunk index, which is its rotary position.
         slots: two of `(K,)`, where its keys and values go: a block, and a slot in it.
-        held_slots: two of `(L,)`, where the keys and values of all L latents of all requests are, those among them.
-        attended: `(K, L)` True where a latent attends to another: to those of its request up to itself.
+        counts: `(R,)` how many latents of each request fill.
+        held_counts: `(R,)` how many it has then; 0 where none fills, since nothing attends to them.
+        held_slots: two of `(L,)`, where the keys and values of these are, request after request, in order.
         members: `(K, G)` the tokens of its chunk.
         present: `(K, G)` False for a member before the text.
         reads: `(N,)` the latent that each new token reads.
@@ -64,8 +65,9 @@ class PagedStep:
     requests: torch.Tensor
     latents: torch.Tensor
     slots: tuple[torch.Tensor, torch.Tensor]
+    counts: torch.Tensor
+    held_counts: torch.Tensor
     held_slots: tuple[torch.Tensor, torch.Tensor]
-    attended: torch.Tensor
     members: torch.Tensor
     present: torch.Tensor
     reads: torch.Tensor
@@ -117,7 +119,8 @@ def plan_step(
     reads, readable = grid.pi(tokens - grid.shift), tokens >= grid.shift
     kept_requests, kept_blocks, ends = step.touched(block_size)
     open_tokens, newest = _kept(grid, ends)
-    held_requests, held_latents = _counted(torch.zeros_like(step.has), step.has)
+    counts = step.has - step.had
+    held_counts = torch.where(counts > 0, step.has, 0)
     per_block = block_size // grid.size
 
     def slots_of(requests: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,8 +130,9 @@ def plan_step(
         requests=requests,
         latents=latents,
         slots=slots_of(requests, latents),
-        held_slots=slots_of(held_requests, held_latents),
-        attended=(held_requests == requests[:, None]) & (held_latents <= latents[:, None]),
+        counts=counts,
+        held_counts=held_counts,
+        held_slots=slots_of(*_counted(torch.zeros_like(held_counts), held_counts)),
         members=step.token_index(requests[:, None], members, present),
         present=present,
         reads=step.latent_index(token_requests, reads, readable),

@@ -49,10 +49,10 @@ class Engine:
         tokens = torch.cat([*states, self.tokens[plan.held_blocks].flatten(0, 1)])
         members = self.resolution._scale_down(tokens[plan.members][None], plan.present[None])[0]
         self.slots[plan.slots] = members
-        held = self.slots[plan.held_slots]
-        latents = [sum_of_earlier(held[attended])[-1] for attended in plan.attended]
-        latents = torch.stack(latents) if latents else held[:0]
-        latents = torch.cat([latents, self.latents[plan.held_blocks].flatten(0, 1)])
+        held = self.slots[plan.held_slots].split(plan.held_counts.tolist())
+        counts = plan.counts.tolist()
+        latents = [sum_of_earlier(all_)[len(all_) - count :] for all_, count in zip(held, counts, strict=True)]
+        latents = torch.cat([*latents, self.latents[plan.held_blocks].flatten(0, 1)])
         places = self.resolution._scale_up(latents[plan.reads][None]).view(-1, self.grid.size, WIDTH)
         updates = places[torch.arange(len(places)), plan.places]
         self.tokens[plan.kept_blocks] = tokens[plan.kept_tokens]
