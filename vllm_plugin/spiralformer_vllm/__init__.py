@@ -26,7 +26,7 @@ ARCHITECTURE = modeling_spiralformer.SpiralFormerForCausalLM.__name__
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes, once or more often: names the model, and who reads and checks settings for it."""
+    """What vLLM calls in each of its processes, once or more often: the model, and who reads settings for it."""
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
     MODEL_ARCH_CONFIG_CONVERTORS[modeling_spiralformer.SpiralFormerConfig.model_type] = SpiralFormerShapes

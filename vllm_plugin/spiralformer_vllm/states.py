@@ -80,7 +80,9 @@ class StateLayer(nn.Module, AttentionLayerBase):
         self.grid, self.layer_name = grid, prefix
         self.shape = (sum(kept_counts(grid)), hidden_size)
         self.kv_cache = torch.empty(0)  # (blocks, 1, 1, states * D), once vLLM has allocated it
-        get_current_vllm_config().compilation_config.static_forward_context[prefix] = self
+        settings = get_current_vllm_config()
+        self.longest = settings.model_config.max_model_len
+        settings.compilation_config.static_forward_context[prefix] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return state_backend(self.grid)
@@ -101,19 +103,19 @@ class StateLayer(nn.Module, AttentionLayerBase):
     def at_step(self, hidden_states: torch.Tensor) -> PagedState:
         """The state of all requests of this step, whose new token states are `(N, D)`.
 
-        While vLLM measures what memory a step takes there are no blocks, and all tokens are taken for one new text.
+        While vLLM measures what memory a step takes there are no blocks, and the tokens are those of new texts.
         """
         metadata = get_forward_context().attn_metadata
         if metadata is None:
-            return self._of_one_text(hidden_states)
+            return self._of_new_texts(hidden_states)
         slots = self.kv_cache.unflatten(-1, self.shape)[:, 0, 0]
         return PagedState(self.grid, metadata[self.layer_name], slots)
 
-    def _of_one_text(self, hidden_states: torch.Tensor) -> PagedState:
-        size = self.grid.size
-        total = torch.tensor([len(hidden_states)], device=hidden_states.device)
-        table = total.new_zeros(1, -(-len(hidden_states) // size))
-        plan = plan_step(self.grid, torch.zeros_like(total), total, table, size)
+    def _of_new_texts(self, hidden_states: torch.Tensor) -> PagedState:
+        """As many tokens, in texts as long as a request may be; all of them in one block."""
+        total = torch.tensor([len(part) for part in hidden_states.split(self.longest)], device=hidden_states.device)
+        table = total.new_zeros(len(total), 1 + self.longest // self.grid.size)
+        plan = plan_step(self.grid, torch.zeros_like(total), total, table, self.grid.size)
         return PagedState(self.grid, plan, hidden_states.new_zeros(1, *self.shape))
 
 

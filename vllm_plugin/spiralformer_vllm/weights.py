@@ -13,6 +13,7 @@
 # limitations under the License.
 """A checkpoint's tensors into the plug-in's parameters, each of which may hold several, or a rank's share."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from modeling_spiralformer.configuration_spiralformer import SpiralFormerConfig
+from modeling_spiralformer.configuration_spiralformer import SpiralFormerConfig, refuse
+from modeling_spiralformer.modeling_spiralformer import SpiralFormerForCausalLM
 
 LAYER = re.compile(r"(model\.(?:prelude|core|coda)\.\d+)\.(.+)\.(weight|bias)")
 # What a submodule of a layer is called in a checkpoint, and here; which part of it that is, where it has several.
@@ -51,25 +53,42 @@ def place_of(name: str) -> tuple[str, Any]:
     return f"{layer[1]}.{submodule}.{layer[3]}", part
 
 
+def expected_shapes(config: SpiralFormerConfig) -> dict[str, torch.Size]:
+    """What a checkpoint of that configuration holds: the parameters of the package's own model."""
+    with torch.device("meta"):
+        model = SpiralFormerForCausalLM(copy.deepcopy(config))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def check_shape(name: str, expected: torch.Size | None, found: torch.Size | None) -> None:
+    """
+    Raises:
+        `ValueError`: naming a tensor that is missing, one too many, or of another shape.
+    """
+    if found != expected:
+        refuse(f"checkpoint[{name!r}]", found, "left out" if expected is None else f"of {expected}")
+
+
 def load_weights(
     model: nn.Module, config: SpiralFormerConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
-    """Loads tensors by name, and returns the parameters that got one: vLLM refuses a model where one got none.
+    """Loads tensors by name, and returns the parameters that got one.
 
     Raises:
-        `ValueError`: for a tensor that no parameter is for.
+        `ValueError`: where they are not those of the configuration. vLLM would take a default for some.
     """
-    parameters, loaded = dict(model.named_parameters()), set()
+    parameters, expected, loaded = dict(model.named_parameters()), expected_shapes(config), set()
     for name, tensor in weights:
+        check_shape(name, expected.pop(name, None), tensor.shape)
         place, part = place_of(name)
-        if place not in parameters:
-            raise ValueError(f"A checkpoint must hold the model's parameters alone, but got {name}.")
         if ".query_key_value." in name:  # GPT-NeoX has them head by head, vLLM all queries first
             tensor = tensor.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         loader = getattr(parameters[place], "weight_loader", default_weight_loader)
         loader(parameters[place], tensor, *([] if part is None else [part]))
         loaded.add(place)
+    for name, shape in expected.items():
+        check_shape(name, shape, None)
     return loaded
 
 
-__all__ = ["load_weights", "place_of"]
+__all__ = ["expected_shapes", "load_weights", "place_of"]
