@@ -18,6 +18,8 @@ A layer has no cache of its own: it is given an entry, since a core layer has on
 Shape letters: N new tokens or latents, D hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -66,7 +68,8 @@ class SpiralFormerAttention(nn.Module):
         )
         self.query_norm = self.key_norm = None
         if FAMILIES[config.layer_family].norms_heads:
-            self.query_norm, self.key_norm = (LlamaRMSNorm(size, eps=config.rms_norm_eps) for _ in range(2))
+            eps: Any = config.rms_norm_eps
+            self.query_norm, self.key_norm = LlamaRMSNorm(size, eps=eps), LlamaRMSNorm(size, eps=eps)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, entry: Attention) -> torch.Tensor:
         """`(N, D)` from `(N, D)` at the positions `(N,)`, whose keys and values go to an entry of the cache."""

@@ -54,15 +54,11 @@ class SpiralFormerModel(nn.Module):
         core = config.num_core_layers
         step = 0 if config.share_core else core
         self.core_layers = [range(t * step, t * step + core) for t in range(config.num_iterations)]
-        counts = {
-            "prelude": config.num_prelude_layers,
-            "core": max((layers.stop for layers in self.core_layers), default=0),
-            "coda": config.num_coda_layers,
-        }
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        for part, count in counts.items():
-            layers = nn.ModuleList(SpiralFormerLayer(config, f"{prefix}.{part}.{i}") for i in range(count))
-            self.add_module(part, layers)
+        self.prelude = make_layers(config, config.num_prelude_layers, f"{prefix}.prelude")
+        num_layers = max((layers.stop for layers in self.core_layers), default=0)
+        self.core = make_layers(config, num_layers, f"{prefix}.core")
+        self.coda = make_layers(config, config.num_coda_layers, f"{prefix}.coda")
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(config.num_iterations))
         self.topology = TOPOLOGIES[config.topology](config) if self.grids else None
         self.norm = make_norm(config)
@@ -111,6 +107,10 @@ class SpiralFormerModel(nn.Module):
         for index, entry in zip(self.core_layers[iteration], self.config.core_entries(iteration), strict=True):
             flat = self.core[index](positions, flat, self.entries[entry])
         return flat[None]
+
+
+def make_layers(config: SpiralFormerConfig, count: int, prefix: str) -> nn.ModuleList:
+    return nn.ModuleList(SpiralFormerLayer(config, f"{prefix}.{i}") for i in range(count))
 
 
 def make_entries(vllm_config: VllmConfig, grids: list[ChunkGrid], prefix: str) -> nn.ModuleList:
