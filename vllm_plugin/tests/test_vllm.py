@@ -22,7 +22,7 @@ from documents import MAKEFILE, ROOT, blocks, commands
 from engines import MODELS, Text, alone, engine, make_model, prompt, served
 from transformers import AutoTokenizer
 
-from modeling_spiralformer import TOKENIZER_FOLDER
+from modeling_spiralformer import TOKENIZER_FOLDER, SpiralFormerForCausalLM
 
 COMMANDS = commands("docs/vllm.md")
 SERVERS = [line for line in COMMANDS if "api_server" in line]
@@ -56,8 +56,6 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(checkpoint) -> dict[str, Text]:
     """What transformers gives for each text alone."""
-    from modeling_spiralformer import SpiralFormerForCausalLM
-
     model = SpiralFormerForCausalLM.from_pretrained(checkpoint / "my_model", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "my_model")
