@@ -31,29 +31,43 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from modeling_spiralformer.configuration_spiralformer import SpiralFormerConfig
-from modeling_spiralformer.layers_spiralformer import FAMILIES, make_norm
+from modeling_spiralformer.layers_spiralformer import FAMILIES, make_norm, make_rotary_embedding
 
 
-def make_rotary_embedding(config: SpiralFormerConfig) -> nn.Module:
-    """vLLM's rotary embedding for queries and keys."""
-    parameters = dict(config.rope_parameters or {})
-    if "factor" in parameters:
-        parameters["factor"] = float(parameters["factor"])  # vLLM takes an integer for a list
-    return get_rope(config.resolved_head_dim, max_position=config.max_position_embeddings, rope_parameters=parameters)
+class SpiralFormerRotaryEmbedding(RotaryEmbedding):
+    """vLLM's rotation of queries and keys, by the angles of the package.
+
+    vLLM's own angles of some types end before `max_position_embeddings`: at factor times the original length.
+
+    Args:
+        longest: tokens of the longest text.
+    """
+
+    def __init__(self, config: SpiralFormerConfig, longest: int):
+        self.config = config
+        size, parameters = config.resolved_head_dim, config.rope_parameters or {}
+        share = int(size * parameters["partial_rotary_factor"])
+        super().__init__(size, share, longest, parameters["rope_theta"], True, torch.get_default_dtype())
+
+    def _compute_cos_sin_cache(self) -> torch.Tensor:
+        """`(longest, rotary dimensions)`: the cosines of a position, and its sines."""
+        positions = torch.arange(self.max_position_embeddings)[None]
+        angles = make_rotary_embedding(self.config)(torch.empty(0), position_ids=positions)
+        return torch.cat([values[0].chunk(2, dim=-1)[0] for values in angles], dim=-1)  # the library has each twice
 
 
 class SpiralFormerAttention(nn.Module):
     """Queries, keys and values of one product, with norms where the family has them; `qkv` and `out` hold a rank's
     heads."""
 
-    def __init__(self, config: SpiralFormerConfig, prefix: str):
+    def __init__(self, config: SpiralFormerConfig, rotary: nn.Module, prefix: str):
         super().__init__()
         size, heads = config.resolved_head_dim, config.num_attention_heads
         bias = bool(config.attention_bias)
-        self.head_size, self.rotary = size, make_rotary_embedding(config)
+        self.head_size, self.rotary = size, rotary
         self.qkv = QKVParallelLinear(
             config.hidden_size,
             size,
@@ -112,11 +126,11 @@ class SpiralFormerMLP(nn.Module):
 class SpiralFormerLayer(nn.Module):
     """Attention and MLP with a norm before each, one after the other or side by side."""
 
-    def __init__(self, config: SpiralFormerConfig, prefix: str):
+    def __init__(self, config: SpiralFormerConfig, rotary: nn.Module, prefix: str):
         super().__init__()
         self.parallel = bool(config.use_parallel_residual)
         self.input_layernorm, self.post_attention_layernorm = make_norm(config), make_norm(config)
-        self.attention = SpiralFormerAttention(config, f"{prefix}.attention")
+        self.attention = SpiralFormerAttention(config, rotary, f"{prefix}.attention")
         self.mlp = SpiralFormerMLP(config, f"{prefix}.mlp")
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, entry: Attention) -> torch.Tensor:
@@ -126,4 +140,4 @@ class SpiralFormerLayer(nn.Module):
         return attended + self.mlp(self.post_attention_layernorm(read))
 
 
-__all__ = ["SpiralFormerAttention", "SpiralFormerLayer", "SpiralFormerMLP", "make_rotary_embedding"]
+__all__ = ["SpiralFormerAttention", "SpiralFormerLayer", "SpiralFormerMLP", "SpiralFormerRotaryEmbedding"]

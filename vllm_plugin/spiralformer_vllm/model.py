@@ -39,7 +39,7 @@ from modeling_spiralformer.paging_spiralformer import kept_counts
 from modeling_spiralformer.topology_spiralformer import TOPOLOGIES
 
 from .latents import LatentAttention
-from .layers import SpiralFormerLayer
+from .layers import SpiralFormerLayer, SpiralFormerRotaryEmbedding
 from .states import StateLayer
 from .weights import load_weights
 
@@ -55,10 +55,12 @@ class SpiralFormerModel(nn.Module):
         step = 0 if config.share_core else core
         self.core_layers = [range(t * step, t * step + core) for t in range(config.num_iterations)]
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        self.prelude = make_layers(config, config.num_prelude_layers, f"{prefix}.prelude")
+        rotary = SpiralFormerRotaryEmbedding(config, vllm_config.model_config.max_model_len)
+        make_layers = partial(layers_of, config, rotary)
+        self.prelude = make_layers(config.num_prelude_layers, f"{prefix}.prelude")
         num_layers = max((layers.stop for layers in self.core_layers), default=0)
-        self.core = make_layers(config, num_layers, f"{prefix}.core")
-        self.coda = make_layers(config, config.num_coda_layers, f"{prefix}.coda")
+        self.core = make_layers(num_layers, f"{prefix}.core")
+        self.coda = make_layers(config.num_coda_layers, f"{prefix}.coda")
         self.resolutions = nn.ModuleList(SpiralFormerResolution(config, t) for t in range(config.num_iterations))
         self.topology = TOPOLOGIES[config.topology](config) if self.grids else None
         self.norm = make_norm(config)
@@ -109,8 +111,8 @@ class SpiralFormerModel(nn.Module):
         return flat[None]
 
 
-def make_layers(config: SpiralFormerConfig, count: int, prefix: str) -> nn.ModuleList:
-    return nn.ModuleList(SpiralFormerLayer(config, f"{prefix}.{i}") for i in range(count))
+def layers_of(config: SpiralFormerConfig, rotary: nn.Module, count: int, prefix: str) -> nn.ModuleList:
+    return nn.ModuleList(SpiralFormerLayer(config, rotary, f"{prefix}.{i}") for i in range(count))
 
 
 def make_entries(vllm_config: VllmConfig, grids: list[ChunkGrid], prefix: str) -> nn.ModuleList:

@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[int, dict]] = {
         HEADS
         | {"layer_family": "qwen3", "topology": "hyper_connections", "chunk_sizes": [16, 8, 4, 2]}
         | {"tie_word_embeddings": True, "scale_embeddings": False, "attention_bias": True}
-        | {"rope_parameters": {"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 128}},
+        | {"rope_parameters": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64}},
     ),
     "neox-unshared": (
         64,

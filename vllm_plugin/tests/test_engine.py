@@ -25,7 +25,6 @@ def check(model, llm, prompts: list[list[int]], count: int = NEW) -> None:
     for found, text in zip(served(llm, prompts, count), expected, strict=True):
         assert found.tokens == text.tokens
         worst = max(worst, float((found.scores - text.scores).abs().max()))
-    print("WORST", worst)
     assert worst < TOLERANCE
 
 
@@ -75,5 +74,4 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(name, tmp_path)
         errors["vllm"].append(text.scores - exact)
         errors["transformers"].append(rounded - exact)
     found, allowed = (float(torch.cat(errors[side]).abs().mean()) for side in ("vllm", "transformers"))
-    print("BF16", found, allowed)
     assert 0 < found < 1.25 * allowed
