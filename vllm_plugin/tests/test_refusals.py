@@ -66,6 +66,15 @@ def test_graphs_are_refused_where_there_are_any(checkpoint, monkeypatch):
         settings(checkpoint)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_transformers_back_end_of_vllm_is_refused(checkpoint, trusted):
+    """vLLM does not know the class; that of the checkpoint's own code refuses the attention of engines."""
+    message = "must not be that of a serving engine, but got 'vllm'" if trusted else "Cannot find model module"
+    options = {"model_impl": "transformers", "trust_remote_code": trusted}
+    with pytest.raises(ValueError, match=message), engine(checkpoint, **options):
+        pass
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 192])
 def test_blocks_that_do_not_fit_are_refused_with_the_smallest_that_do(checkpoint, block_size):
     with (

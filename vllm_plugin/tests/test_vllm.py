@@ -42,6 +42,14 @@ def test_every_command_of_the_page_is_run():
     assert sorted([*COMMANDS[:5], *SERVERS, REQUEST]) == sorted(COMMANDS) and len(SERVERS) == 3
 
 
+@pytest.mark.processes
+def test_the_short_command_of_vllm_does_not_know_its_distribution():
+    """Why the page starts servers by `python -m`: once this fails, it can say `vllm serve`."""
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", "my_model"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode and "No package metadata was found for vllm" in ended.stderr
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A folder with `my_model`: heads of keys that two processes repeat, text beyond one block."""
