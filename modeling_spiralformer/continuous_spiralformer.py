@@ -36,11 +36,10 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .batch_spiralformer import Rows
 from .cache_name_spiralformer import EAGER_READS_PAGES
-from .chunking_spiralformer import ChunkGrid, FilledChunks
+from .chunking_spiralformer import ChunkGrid
 from .configuration_spiralformer import SpiralFormerConfig, processes_of
-from .paging_spiralformer import kept_counts, plan_step
+from .paging_spiralformer import PagedState, PagedStep, kept_counts, plan_step
 from .request_attention_spiralformer import BY_REQUEST, RequestAttention
 from .stopping_spiralformer import StoppingRouter
 
@@ -312,13 +311,18 @@ class PagedCall:
         ends = step["cu_seq_lens_k"][TOKEN_LAYERS].long()
         self.total = ends.diff()
         new = step["cu_seq_lens_q"].long().diff()
-        self.past, self.token_mask = self.total - new, RequestAttention(new, self.total, self.allocator.cache_dtype)
+        self.past = self.total - new
+        self.token_mask = RequestAttention(new, self.total, cache.dtype)
         # The places of all tokens, request after request; where no request goes on, all tokens are new.
         places = (self.read_index if self.read_index.numel() else self.write_index).long()
         pages = torch.arange(0, int(self.total.max()), self.allocator.tokens_per_page, device=ends.device)
         first_tokens = (ends[:-1, None] + pages).clamp(max=len(places) - 1)
         self.table = places[first_tokens] // self.allocator.block_physical_stride
-        self.states = [PagedState(t, grid, self) for t, grid in enumerate(grids)]
+        self.states = [self._state(t, grid) for t, grid in enumerate(grids)]
+
+    def _state(self, iteration: int, grid: ChunkGrid) -> PagedState:
+        plan = plan_step(grid, self.past, self.total, self.table, self.allocator.tokens_per_page)
+        return PagedState(grid, plan, self.allocator.parts[iteration])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`: keys and values `(1, H, N, E)` of a token layer, and those of all tokens."""
@@ -329,66 +333,22 @@ class PagedCall:
     def iteration(self, iteration: int, first_layer: int) -> "tuple[PagedIteration, RequestAttention]":
         """The cache of the core's layers in an iteration, the first of which has that number, and their attention."""
         state = self.states[iteration]
-        return PagedIteration(state, first_layer), state.mask
-
-
-class PagedState:
-    """What a resolution keeps of all requests, in their blocks: a `ResolutionState` for the flat batch of a step."""
-
-    def __init__(self, iteration: int, grid: ChunkGrid, call: PagedCall):
-        self.iteration, self.grid, self.parts, self.rows = iteration, grid, call.allocator.parts, Rows()
-        self.plan = plan_step(grid, call.past, call.total, call.table, call.allocator.tokens_per_page)
-        held = self.parts[iteration][self.plan.held_blocks].split([*kept_counts(grid)], dim=1)
-        self.tokens, self.latents = (states.flatten(0, 1) for states in held)
-        self.mask = RequestAttention(self.plan.counts, self.plan.held_counts, self.tokens.dtype)
-
-    def feed(self, states: torch.Tensor) -> FilledChunks | None:
-        """Takes `(1, N, D)` new token states; returns the chunks that they fill, None where they fill none."""
-        self.tokens = torch.cat([states[0], self.tokens])
-        plan, count = self.plan, len(self.plan.latents)
-        if not count:
-            return None
-        return FilledChunks(0, count, plan.latents[None], plan.members[None], present=plan.present[None])
-
-    def members(self, filled: FilledChunks) -> torch.Tensor:
-        """The token states `(1, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
-        return self.tokens[self.plan.members][None]
-
-    def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
-        """Keeps the core's outputs `(1, K, D)` for the tokens that will read them."""
-        self.latents = torch.cat([latents[0], self.latents])
-
-    def readable(self, length: int) -> torch.Tensor:
-        """The latent that each new token reads, `(1, N, D)`; arbitrary where it has nothing to read yet."""
-        return self.latents[self.plan.reads][None]
-
-    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
-        """u_(i - s) for each new token i, `(1, N, D)`: zero where it has nothing to read yet.
-
-        Args:
-            updates: `(1, N * G, D)`, those of every place of the latents that are `readable`.
-        """
-        places = updates[0].unflatten(0, (length, self.grid.size))
-        read = places[torch.arange(length, device=updates.device), self.plan.places]
-        return torch.where(self.plan.readable[:, None], read, 0.0)[None]
-
-    def trim(self, length: int) -> None:
-        """Ends the step: writes the states of the blocks that it touched."""
-        kept = self.tokens[self.plan.kept_tokens], self.latents[self.plan.kept_latents]
-        self.parts[self.iteration][self.plan.kept_blocks] = torch.cat(kept, dim=1)
+        plan, parts = state.plan, self.allocator.parts
+        attention = RequestAttention(plan.counts, plan.held_counts, state.slots.dtype)
+        return PagedIteration(iteration, plan, parts, first_layer), attention
 
 
 class PagedIteration:
     """The latents of an iteration as the core's layers see them: a cache, whose first layer has that number."""
 
-    def __init__(self, state: PagedState, first_layer: int):
-        self.state, self.first_layer = state, first_layer
+    def __init__(self, iteration: int, plan: PagedStep, parts: dict[Any, torch.Tensor], first_layer: int):
+        self.iteration, self.plan, self.parts, self.first_layer = iteration, plan, parts, first_layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As `Cache.update`: keys and values `(1, H, K, E)`, and those of all latents that are attended to."""
-        store = self.state.parts[self.state.iteration, layer_idx - self.first_layer]
-        store[self.state.plan.slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
-        return tuple(states.transpose(0, 1)[None] for states in store[self.state.plan.held_slots].unbind(1))
+        store = self.parts[self.iteration, layer_idx - self.first_layer]
+        store[self.plan.slots] = torch.stack([key_states[0], value_states[0]]).permute(2, 0, 1, 3)
+        return tuple(states.transpose(0, 1)[None] for states in store[self.plan.held_slots].unbind(1))
 
 
-__all__ = ["PagedCall", "PagedState", "SpiralFormerBatchingManager", "prepare_batching", "these_blocks"]
+__all__ = ["PagedCall", "SpiralFormerBatchingManager", "prepare_batching", "these_blocks"]

@@ -90,16 +90,11 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
-from .continuous_spiralformer import (
-    TOKENIZER,
-    PagedCall,
-    PagedState,
-    SpiralFormerBatchingManager,
-    prepare_batching,
-)
+from .continuous_spiralformer import TOKENIZER, PagedCall, SpiralFormerBatchingManager, prepare_batching
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
+from .paging_spiralformer import PagedState
 from .request_attention_spiralformer import RequestAttention
 from .static_cache_spiralformer import settle_states
 from .topology_spiralformer import TOPOLOGIES, SpiralFormerConnection, SpiralFormerGate

@@ -30,27 +30,66 @@ tokens in a chunk, P blocks that the step touches.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from .chunking_spiralformer import ChunkGrid
+from .batch_spiralformer import Rows
+from .chunking_spiralformer import ChunkGrid, FilledChunks
 
 
 @dataclass(frozen=True)
-class PagedStep:
-    """What one resolution does in a step. Every index is a `torch.LongTensor` on the device of the given tensors.
+class PagedLatents:
+    """The latents of a step. Every index is a `torch.LongTensor` on the device of the given tensors.
+
+    Args:
+        requests: `(K,)` the request of each latent that fills: request after request, in order.
+        latents: `(K,)` its chunk index, which is its rotary position.
+        had, has: `(R,)` how many latents each request had before the step, and has after it.
+        table: `(R, blocks)` the ids of its blocks.
+        per_block: B / g, the latents of one block.
+    """
+
+    requests: torch.Tensor
+    latents: torch.Tensor
+    had: torch.Tensor
+    has: torch.Tensor
+    table: torch.Tensor
+    per_block: int
+
+    @cached_property
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of `(K,)`, where the keys and values of the new latents go: a block, and a slot in it."""
+        return self._slots_of(self.requests, self.latents)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """`(R,)` how many latents of each request fill."""
+        return self.has - self.had
+
+    @cached_property
+    def held_counts(self) -> torch.Tensor:
+        """`(R,)` how many it has then; 0 where none fills, since nothing attends to them."""
+        return torch.where(self.counts > 0, self.has, 0)
+
+    @cached_property
+    def held_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of `(L,)`, where the keys and values of these L latents are, request after request, in order."""
+        return self._slots_of(*_counted(torch.zeros_like(self.held_counts), self.held_counts))
+
+    def _slots_of(self, requests: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table[requests, latents // self.per_block], latents % self.per_block
+
+
+@dataclass(frozen=True)
+class PagedStep(PagedLatents):
+    """What one resolution does in a step.
 
     `members` and `kept_tokens` count in [states of the N new tokens | open tokens of request 0 | of request 1 | ...],
     `reads` and `kept_latents` in [the K new latents | kept latents of request 0 | ...]; what each request brings along
     is the state slot of its `held_blocks`.
 
     Args:
-        requests: `(K,)` the request of each latent that fills: request after request, in order.
-        latents: `(K,)` its chunk index, which is its rotary position.
-        slots: two of `(K,)`, where its keys and values go: a block, and a slot in it.
-        counts: `(R,)` how many latents of each request fill.
-        held_counts: `(R,)` how many it has then; 0 where none fills, since nothing attends to them.
-        held_slots: two of `(L,)`, where the keys and values of these are, request after request, in order.
         members: `(K, G)` the tokens of its chunk.
         present: `(K, G)` False for a member before the text.
         reads: `(N,)` the latent that each new token reads.
@@ -62,12 +101,6 @@ class PagedStep:
         kept_latents: `(P, ceil(s / G))` the latents that go there: latent j at j mod ceil(s / G).
     """
 
-    requests: torch.Tensor
-    latents: torch.Tensor
-    slots: tuple[torch.Tensor, torch.Tensor]
-    counts: torch.Tensor
-    held_counts: torch.Tensor
-    held_slots: tuple[torch.Tensor, torch.Tensor]
     members: torch.Tensor
     present: torch.Tensor
     reads: torch.Tensor
@@ -97,6 +130,15 @@ def kept_counts(grid: ChunkGrid) -> tuple[int, int]:
     return grid.size - 1, -(-grid.shift // grid.size)
 
 
+def plan_latents(
+    grid: ChunkGrid, past: torch.Tensor, total: torch.Tensor, table: torch.Tensor, block_size: int
+) -> PagedLatents:
+    """What the attention over latents has to know of a step: the arguments are those of `plan_step`."""
+    check_block_size([grid], block_size)
+    had, has = grid.num_filled(past), grid.num_filled(total)
+    return PagedLatents(*_counted(had, has), had, has, table, block_size // grid.size)
+
+
 def plan_step(
     grid: ChunkGrid, past: torch.Tensor, total: torch.Tensor, table: torch.Tensor, block_size: int
 ) -> PagedStep:
@@ -110,29 +152,17 @@ def plan_step(
     Raises:
         `ValueError`: where the chunk size does not divide `block_size`.
     """
-    check_block_size([grid], block_size)
-    step = _Step(grid, past, total)
-    requests, latents = step.filling
+    filling = plan_latents(grid, past, total, table, block_size)
+    step = _Step(grid, past, total, filling)
+    requests, latents = filling.requests, filling.latents
     members = latents[:, None] * grid.size - grid.offset + torch.arange(grid.size, device=past.device)
     present = members >= 0
     token_requests, tokens = step.new_tokens
     reads, readable = grid.pi(tokens - grid.shift), tokens >= grid.shift
     kept_requests, kept_blocks, ends = step.touched(block_size)
     open_tokens, newest = _kept(grid, ends)
-    counts = step.has - step.had
-    held_counts = torch.where(counts > 0, step.has, 0)
-    per_block = block_size // grid.size
-
-    def slots_of(requests: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return table[requests, latents // per_block], latents % per_block
-
     return PagedStep(
-        requests=requests,
-        latents=latents,
-        slots=slots_of(requests, latents),
-        counts=counts,
-        held_counts=held_counts,
-        held_slots=slots_of(*_counted(torch.zeros_like(held_counts), held_counts)),
+        **vars(filling),
         members=step.token_index(requests[:, None], members, present),
         present=present,
         reads=step.latent_index(token_requests, reads, readable),
@@ -148,11 +178,9 @@ def plan_step(
 class _Step:
     """The new tokens and latents of a step, and where each token and latent of a request is found in it."""
 
-    def __init__(self, grid: ChunkGrid, past: torch.Tensor, total: torch.Tensor):
-        self.grid, self.past, self.total = grid, past, total
-        self.had, self.has = grid.num_filled(past), grid.num_filled(total)
+    def __init__(self, grid: ChunkGrid, past: torch.Tensor, total: torch.Tensor, filling: PagedLatents):
+        self.grid, self.past, self.total, self.filling = grid, past, total, filling
         self.new_tokens = _counted(past, total)
-        self.filling = _counted(self.had, self.has)
 
     def token_index(self, requests: torch.Tensor, tokens: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
         """Where a token's state is; 0 where there is none."""
@@ -163,8 +191,9 @@ class _Step:
     def latent_index(self, requests: torch.Tensor, latents: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
         """Where a latent's update is; 0 where there is none."""
         _, count = kept_counts(self.grid)
-        held = len(self.filling[0]) + requests * count + latents % max(count, 1)
-        return self._index(requests, latents, self.had, self.has, held, exists)
+        filling = self.filling
+        held = len(filling.latents) + requests * count + latents % max(count, 1)
+        return self._index(requests, latents, filling.had, filling.has, held, exists)
 
     def _index(self, requests, numbers, before, after, held, exists) -> torch.Tensor:
         counts = after - before
@@ -196,4 +225,53 @@ def _counted(start: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torc
     return rows, torch.arange(len(rows), device=start.device) - first[rows] + start[rows]
 
 
-__all__ = ["PagedStep", "check_block_size", "kept_counts", "plan_step"]
+class PagedState:
+    """What a resolution keeps of all requests, in their blocks: a `ResolutionState` for the flat batch of a step.
+
+    Args:
+        grid: its chunks.
+        plan: what the step does.
+        slots: `(blocks, tokens and latents, D)` the state slot of every block, which `trim` writes.
+    """
+
+    def __init__(self, grid: ChunkGrid, plan: PagedStep, slots: torch.Tensor):
+        self.grid, self.plan, self.slots, self.rows = grid, plan, slots, Rows()
+        held = slots[plan.held_blocks].split([*kept_counts(grid)], dim=1)
+        self.tokens, self.latents = (states.flatten(0, 1) for states in held)
+
+    def feed(self, states: torch.Tensor) -> FilledChunks | None:
+        """Takes `(1, N, D)` new token states; returns the chunks that they fill, None where they fill none."""
+        self.tokens = torch.cat([states[0], self.tokens])
+        plan, count = self.plan, len(self.plan.latents)
+        if not count:
+            return None
+        return FilledChunks(0, count, plan.latents[None], plan.members[None], present=plan.present[None])
+
+    def members(self, filled: FilledChunks) -> torch.Tensor:
+        """The token states `(1, K, G, D)` of the chunks filled; arbitrary but finite where no token is present."""
+        return self.tokens[self.plan.members][None]
+
+    def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
+        """Keeps the core's outputs `(1, K, D)` for the tokens that will read them."""
+        self.latents = torch.cat([latents[0], self.latents])
+
+    def readable(self, length: int) -> torch.Tensor:
+        """The latents that new tokens may read, new ones and those that were kept, `(1, K + R * kept, D)`."""
+        return self.latents[None]
+
+    def shift(self, updates: torch.Tensor, length: int) -> torch.Tensor:
+        """u_(i - s) for each new token i, `(1, N, D)`: zero where it has nothing to read yet.
+
+        Args:
+            updates: `(1, (K + R * kept) * G, D)`, those of every place of the latents that are `readable`.
+        """
+        read = updates[0, self.plan.reads * self.grid.size + self.plan.places]
+        return torch.where(self.plan.readable[:, None], read, 0.0)[None]
+
+    def trim(self, length: int) -> None:
+        """Ends the step: writes the states of the blocks that it touched."""
+        kept = self.tokens[self.plan.kept_tokens], self.latents[self.plan.kept_latents]
+        self.slots[self.plan.kept_blocks] = torch.cat(kept, dim=1)
+
+
+__all__ = ["PagedLatents", "PagedState", "PagedStep", "check_block_size", "kept_counts", "plan_latents", "plan_step"]

@@ -13,7 +13,7 @@ from modeling_spiralformer.batch_spiralformer import Rows
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.level_spiralformer import ResolutionState
 from modeling_spiralformer.modeling_spiralformer import SpiralFormerResolution
-from modeling_spiralformer.paging_spiralformer import check_block_size, kept_counts, plan_step
+from modeling_spiralformer.paging_spiralformer import PagedState, check_block_size, kept_counts, plan_step
 
 WIDTH = 8
 UNWRITTEN = float("nan")
@@ -26,18 +26,16 @@ def sum_of_earlier(latents: torch.Tensor) -> torch.Tensor:
 
 
 class Engine:
-    """One resolution over paged blocks, and nothing else: what the plan says, done the plain way."""
+    """One resolution over paged blocks, and nothing else: latents attend to what is in their slots."""
 
     def __init__(self, resolution: SpiralFormerResolution, grid: ChunkGrid, blocks: int, block_size: int):
         self.resolution, self.grid, self.block_size = resolution, grid, block_size
-        tokens, latents = kept_counts(grid)
         self.slots = torch.full((blocks, block_size // grid.size, WIDTH), UNWRITTEN, dtype=torch.float64)
-        self.tokens = torch.full((blocks, tokens, WIDTH), UNWRITTEN, dtype=torch.float64)
-        self.latents = torch.full((blocks, latents, WIDTH), UNWRITTEN, dtype=torch.float64)
+        self.states = torch.full((blocks, sum(kept_counts(grid)), WIDTH), UNWRITTEN, dtype=torch.float64)
 
     def copy(self, source: int, target: int) -> None:
         """The contents of one block into another."""
-        for store in (self.slots, self.tokens, self.latents):
+        for store in (self.slots, self.states):
             store[target] = store[source]
 
     def step(self, past: list[int], tables: list[list[int]], states: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -46,18 +44,15 @@ class Engine:
         table = torch.nn.utils.rnn.pad_sequence([torch.tensor(blocks) for blocks in tables], batch_first=True)
         total = torch.tensor(past) + torch.tensor(lengths)
         plan = plan_step(self.grid, torch.tensor(past), total, table, self.block_size)
-        tokens = torch.cat([*states, self.tokens[plan.held_blocks].flatten(0, 1)])
-        members = self.resolution._scale_down(tokens[plan.members][None], plan.present[None])[0]
-        self.slots[plan.slots] = members
-        held = self.slots[plan.held_slots].split(plan.held_counts.tolist())
-        counts = plan.counts.tolist()
-        latents = [sum_of_earlier(all_)[len(all_) - count :] for all_, count in zip(held, counts, strict=True)]
-        latents = torch.cat([*latents, self.latents[plan.held_blocks].flatten(0, 1)])
-        places = self.resolution._scale_up(latents[plan.reads][None]).view(-1, self.grid.size, WIDTH)
-        updates = places[torch.arange(len(places)), plan.places]
-        self.tokens[plan.kept_blocks] = tokens[plan.kept_tokens]
-        self.latents[plan.kept_blocks] = latents[plan.kept_latents]
-        return list(torch.where(plan.readable[:, None], updates, 0.0).split(lengths))
+
+        def core(latents: torch.Tensor, filled, cache) -> torch.Tensor:
+            self.slots[plan.slots] = latents[0]
+            held = self.slots[plan.held_slots].split(plan.held_counts.tolist())
+            new = [sum_of_earlier(own)[len(own) - n :] for own, n in zip(held, plan.counts.tolist(), strict=True)]
+            return torch.cat(new)[None]
+
+        updates = self.resolution(torch.cat(states)[None], PagedState(self.grid, plan, self.states), core)
+        return list(updates[0].split(lengths))
 
 
 @dataclass

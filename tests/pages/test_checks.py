@@ -47,7 +47,8 @@ def test_the_workflow_runs_the_script_on_a_supported_python():
 
 
 def test_the_type_checker_reads_the_package_and_the_bodies_of_its_functions():
-    assert SETTINGS["mypy"]["files"] == ["modeling_spiralformer"] and SETTINGS["mypy"]["check_untyped_defs"]
+    assert SETTINGS["mypy"]["files"] == ["modeling_spiralformer", "vllm_plugin/spiralformer_vllm"]
+    assert SETTINGS["mypy"]["check_untyped_defs"]
 
 
 @pytest.mark.parametrize("text, found", [("t" + "eh model\n", True), ("the model\n", False), ('b"caf\\xe9"\n', False)])

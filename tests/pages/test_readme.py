@@ -9,7 +9,11 @@ from documents import MAKEFILE, PAGES, ROOT, blocks, commands, offline, run
 
 # Pages whose commands need more than one folder to run in: a test module of their own runs them, all of them.
 PAGES_WITH_TESTS = {
-    page: test for page in PAGES if page.stem != "README" for test in ROOT.glob(f"tests/*/test_{page.stem}.py")
+    page: test
+    for page in PAGES
+    if page.stem != "README"
+    for folder in ("tests/*", "vllm_plugin/tests")
+    for test in ROOT.glob(f"{folder}/test_{page.stem}.py")
 }
 COMMANDS = [line for page in PAGES if page not in PAGES_WITH_TESTS for line in commands(page)]
 SNIPPETS = [(text, network) for page in PAGES for text, network in blocks(page, "python")]
