@@ -20,7 +20,16 @@ from train_smiles_tokenizer import SmilesTokenizerArguments
 from train_smiles_tokenizer import main as write_tokenizer
 from workshop.experiments import molecules
 from workshop.experiments import runner as experiment_runner
-from workshop.experiments.molecules import classify, judge, make_rows, make_trainer, read_molecules, row_losses, sample
+from workshop.experiments.molecules import (
+    LengthGroups,
+    classify,
+    judge,
+    make_rows,
+    make_trainer,
+    read_molecules,
+    row_losses,
+    sample,
+)
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.plan import Experiment, load_experiment
 from workshop.experiments.results import ExperimentResults
@@ -160,6 +169,25 @@ def test_a_padded_row_has_the_loss_of_the_molecule_alone():
     losses = row_losses(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
     expected = torch.tensor([alone(model, smiles) for smiles in MOLECULES])
     torch.testing.assert_close(losses, expected.to(losses), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_hold_molecules_of_like_length_in_an_order_of_seed_and_epoch():
+    lengths = torch.randint(5, 60, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def drawn(seed, epoch):
+        sampler = LengthGroups(lengths, 10, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    indices = drawn(0, 0)
+    assert sorted(indices) == list(range(1003)) and indices == drawn(0, 0)
+    orders = [indices, drawn(1, 0), drawn(0, 1), drawn(1, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    batches = [[lengths[index] for index in indices[start : start + 10]] for start in range(0, 1000, 10)]
+    spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    longest = torch.tensor([float(max(batch)) for batch in batches])
+    assert spread < 10  # of 55; at random it is 45
+    assert abs(torch.corrcoef(torch.stack([longest[1:], longest[:-1]]))[0, 1]) < 0.3  # sorted batches have 0.9
 
 
 def small_trainer(data_dir: Path, tmp_path: Path, **training):
@@ -307,9 +335,11 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(data_dir, tmp_path):
+@pytest.mark.parametrize("training", [{}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(training, data_dir, tmp_path):
+    """It stopped in the second of three passes, after one whole one."""
     pytest.importorskip("rdkit")
-    plan = experiment()
+    plan = experiment(training=training)
     planned = plan.run("spiral", 0, 1e-2)
     (tmp_path / "runs").mkdir()
     tokenizer = make_tokenizer(plan, data_dir, tmp_path / "runs")

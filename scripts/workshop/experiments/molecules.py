@@ -6,10 +6,11 @@ The measures and error classes are those of SMolLM (arXiv 2605.06322).
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import binomtest
@@ -21,6 +22,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from workshop.experiments.store import SAMPLE_CLASSES
 from workshop.files import finite, read_text
@@ -76,6 +78,43 @@ def nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
     return {"nats_per_token": float(losses / counts)}
 
 
+class LengthGroups(torch.utils.data.Sampler):
+    """
+    Rows in batches of like length, as the library groups them, and the batches in random order. The library's own
+    sampler draws from the global random state, which a resumed run has lost: here seed and epoch decide.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each pass over the rows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        (state,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state))
+        grouped = torch.tensor(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        *batches, last = grouped.split(self.batch_size)  # the last one may be smaller
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return iter(torch.cat([batches[index] for index in order] + [last]).tolist())
+
+
+class MoleculeTrainer(Trainer):
+    """A Trainer whose grouping by length goes on as it began where a run is resumed."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups([len(ids) for ids in rows["input_ids"]], batch_size, seed)
+
+
 def make_trainer(
     model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments
 ) -> Trainer:
@@ -86,7 +125,7 @@ def make_trainer(
     files = {"train_file": data_arguments.train_file, "validation_file": data_arguments.validation_file}
     rows = {field: make_rows(read_molecules(field, path), tokenizer, block_size) for field, path in files.items()}
     evaluated = rows["validation_file"]
-    trainer = Trainer(
+    trainer = MoleculeTrainer(
         model=model,
         args=training,
         train_dataset=rows["train_file"],

@@ -38,6 +38,9 @@ STYLES = {
     "plain-8": (GREY, "X"),
     "looped-base": (PURPLE, "D"),
     "spiralformer-anchor": (SKY, "s"),
+    "spiralformer-mesh": (BLUE, "s"),
+    "hyperloop": (GREEN, "P"),
+    "hyperloop-coarse": (YELLOW, "*"),
 }
 CLASS_COLOURS = (GREEN, PURPLE, ORANGE, VERMILION, GREY)  # of SAMPLE_CLASSES
 BITS, FLOPS, NON_EMBEDDING = "bits per byte", "training FLOPs", "non-embedding parameters"
