@@ -52,7 +52,7 @@ def test_a_drawn_model_may_be_of_every_family_with_every_field():
     draw()
     for family, known in FAMILIES.items():
         values = {name: {value for field, value in met[family] if field == name} for name, _ in met[family]}
-        fields = {*known.fields(), "rope_parameters"} - {"hidden_dropout"}
+        fields = {*known.fields(), "rope_parameters"} - {"hidden_dropout"}  # of training
         assert fields <= values.keys() and all(len(values[name]) > 1 for name in fields), family
         assert len(values["rope_parameters"]) >= len(ROPE_TYPES) + 1
 

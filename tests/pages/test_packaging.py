@@ -286,7 +286,7 @@ def test_the_wheel_alone_runs_the_code_of_the_readme(installed, tmp_path):
     code.append("print(modeling_spiralformer.__file__)")
     printed = run_installed(installed, "\n".join(code), tmp_path).splitlines()
     assert Path(printed[-1]).is_relative_to(installed.parents[1])
-    assert len(CONFIGURATIONS) == 30 and printed[0].startswith("[")
+    assert len(CONFIGURATIONS) == 32 and printed[0].startswith("[")
     assert [path.name for path in tmp_path.iterdir()] == ["my_model"]
 
 
