@@ -1,4 +1,4 @@
-"""Parameters and prefill FLOPs of every published model beside those of arXiv 2602.11698, 2604.21254 and 2605.06322."""
+"""Parameters and FLOPs of every published model beside those of arXiv 2602.11698, 2604.21254 and 2605.06322."""
 
 from dataclasses import dataclass, field
 

@@ -32,7 +32,7 @@ def turned(heads: torch.Tensor) -> torch.Tensor:
 
 
 def smollm(weights: dict[str, torch.Tensor], ids: torch.Tensor, heads: int) -> torch.Tensor:
-    """Logits (length, vocabulary) of one molecule: the embedding, one block eight times, the norm, the same embedding."""
+    """Logits (length, vocabulary) of one molecule: embedding, one block eight times, norm, the embedding again."""
     block = {name.removeprefix("model.core.0."): weight for name, weight in weights.items() if ".core." in name}
     embedding = weights["model.embed_tokens.weight"]
     x = embedding[ids]
