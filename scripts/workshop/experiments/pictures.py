@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from workshop.experiments.results import TEXTS, ExperimentResults, ModelResults
-from workshop.experiments.store import SAMPLE_CLASSES
+from workshop.molecules.judging import SAMPLE_CLASSES
 from workshop.plotting import (
     BLACK,
     BLUE,
