@@ -27,7 +27,7 @@ help:
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, with pictures: about 50 minutes"
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
-	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 30 hours in all"
+	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: days in all"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make clean        remove environments and runs"
 

@@ -62,7 +62,7 @@ def test_spellings_are_the_molecule_and_differ():
 
 def test_a_spelling_that_does_not_fit_is_drawn_again_and_at_last_the_given_one_stands():
     """Of ethanol, CCO, OCC, C(C)O and C(O)C: without parentheses two are left, of two tokens none."""
-    drawn = set(spellings("CCO", 100, {"C", "O"}, 3, random.Random(0)))
+    drawn = set(spellings("CCO", 100, {"C", "O"}, 5, random.Random(0)))
     assert drawn == {"CCO", "OCC"} and len(set(spellings("CCO", 100, KNOWN, 5, random.Random(0)))) == 4
     assert set(spellings("CCO", 20, KNOWN, 2, random.Random(0))) == {"CCO"}
     assert not spelling.fits("C%10CC%10", KNOWN, 30)

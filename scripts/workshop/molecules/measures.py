@@ -18,7 +18,7 @@ Figure = dict[str, float | list[float] | None]  # value and interval; None where
 FEWEST = 10  # molecules that the bootstrap draws from
 RADIUS, BITS = 2, 1024  # of Morgan's fingerprints
 ROWS_AT_ONCE = 1000
-NO_FCD = "not measured: the package fcd, which carries ChemNet's weights, is not installed (pip install fcd)"
+NO_FCD = "not measured: the package fcd, which carries ChemNet's weights, is not installed"
 
 
 # -- shares -----------------------------------------------------------------------------------------------------------
