@@ -157,6 +157,18 @@ def test_a_checkpoint_from_before_the_families_loads_as_it_did(tmp_path):
     assert not {"num_key_value_heads", "head_dim", "mlp_bias", "rms_norm_eps"} & stored.keys()
 
 
+@torch.no_grad()
+def test_a_llama_from_before_its_dropout_has_none_and_is_told_nothing(tmp_path):
+    small_model(dtype=torch.float32, layer_family="llama").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("hidden_dropout") == 0.0 and "output_initializer_range" not in stored
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with CaptureLogger(LIBRARY) as said:
+        model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert said.out == "" and not any(report.values()) and model.config.hidden_dropout == 0.0
+    assert all(type(module).__module__.startswith("transformers.") for module in model.model.core[0].children())
+
+
 @families
 def test_a_saved_model_loads_as_it_was(family, tmp_path):
     model = small_model(dtype=torch.float32, layer_family=family, num_labels=3)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 from scipy.linalg import eigh
 from scipy.stats import binomtest, norm
+from tqdm import tqdm
 
 from workshop.molecules.judging import CONFIDENCE, SAMPLE_CLASSES, check_rdkit, classify
 
@@ -133,7 +134,7 @@ def measure(samples: list[str], training: list[str], references: int, resamples:
     classes = classes_of(samples)
     counts = Counter(classes[smiles] for smiles in samples)
     valid = [smiles for smiles in samples if classes[smiles] == "valid"]
-    different, known = canonical(valid), canonical(training)
+    different, known = canonical(valid), canonical(tqdm(training, desc="training molecules", leave=False))
     figures: dict = {kind: share(counts[kind], len(samples)) for kind in SAMPLE_CLASSES}
     figures["unique"] = share(len(different), len(valid))
     figures["novel"] = share(len(different - known), len(different))
