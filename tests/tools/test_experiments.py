@@ -95,7 +95,7 @@ def test_committed_experiments_are_matched(path):
         config = plan.model_config(name)
         count = count_parameters(config)[1]
         assert min(abs(count - target) for target in targets) <= parameters_per_unit(config) / 2, name
-    assert len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
+    assert len(plan.seeds) >= 3 and len(plan.learning_rates) >= 3
 
 
 def test_the_commands_of_the_page_take_every_experiment_and_every_line():
