@@ -20,7 +20,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ class LayerFamily:
     norm: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norms_heads: bool = False
-    more_fields: dict[str, Any] = field(default_factory=dict)
-    dropping: dict[str, Callable[[Any, int], nn.Module]] = field(default_factory=dict)
+    more_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dropping: dict[str, Callable[[Any, int], nn.Module]] = dataclasses.field(default_factory=dict)
     cache_argument: str = CACHE_NAME
     partial_rotary_factor: float | None = None
     final_norm: str = "norm"
