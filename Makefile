@@ -28,7 +28,7 @@ help:
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, with pictures: about 50 minutes"
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
-	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: about 30 hours in all"
+	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: days in all"
 	@echo "make figures      draw the figures of the docs"
 	@echo "make clean        remove environments and runs"
 
@@ -147,7 +147,8 @@ results: $(STAMP)
 	$(RUN) scripts/report.py
 
 # In the order in which their runs start. Two runs at a time, one core each, use a small machine better than one on both.
-EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long molecules_150k molecules_50k
+EXPERIMENTS = main_small ablations recurrence_ratio main_large main_small_long \
+	molecules_50k molecules_50k_flops molecules_150k molecules_150k_flops
 WORKERS ?= 2
 
 results-run: $(STAMP)

@@ -146,8 +146,9 @@ label_names = checked(numbers_all_labels, "None or the names of the labels 0, 1,
 
 
 def unsaved_fields(topology: str | None) -> set[str]:
-    """The fields of streams where there are none: most configurations do not hold them."""
-    return set() if topology == "hyper_connections" else {*TOPOLOGY_FIELDS["hyper_connections"]}
+    """The fields that most configurations do not hold: those of streams where there are none, and what few set."""
+    streams = () if topology == "hyper_connections" else TOPOLOGY_FIELDS["hyper_connections"]
+    return {"output_initializer_range", *streams}
 
 
 def processes_of(config: PreTrainedConfig) -> int:
@@ -218,6 +219,13 @@ class SpiralFormerConfig(PreTrainedConfig):
         Refused with another topology.
     share_core (`bool`):
         False gives every iteration core layers of its own (the unlooped baseline).
+    hidden_dropout (`float`, *optional*):
+        In training, of the embeddings and of what each attention and MLP adds to the residual stream. Default 0. Not
+        with Qwen3.
+    initializer_range (`float`):
+        Standard deviation of the matrices of a new model.
+    output_initializer_range (`float`, *optional*):
+        The same for the last product of each attention and MLP. Default initializer_range / sqrt(2 * layer calls).
     rope_parameters (`dict`, *optional*):
         Rotary embedding, default theta 10000; with GPT-NeoX on a quarter of each head, else on all of it.
     scale_embeddings (`bool`):
@@ -265,6 +273,7 @@ class SpiralFormerConfig(PreTrainedConfig):
     hidden_dropout: float | int | None = dropout_rate_or_none(default=None)
     classifier_dropout: float | int = dropout_rate(default=0.1)
     initializer_range: float = positive_number(default=0.02)
+    output_initializer_range: float | None = positive_or_none(default=None)
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
@@ -329,6 +338,7 @@ class SpiralFormerConfig(PreTrainedConfig):
         families = [FAMILIES[name] for name in FAMILIES if name == config_dict.get("layer_family", "gpt_neox")]
         known = [field for family in families for field in family.fields(config_dict.get("norm"))]
         lacked = {*FAMILY_FIELDS} - {*known}
+        lacked |= {field for family in families for field in family.more_fields}  # some came later than their family
         lacked |= unsaved_fields(config_dict.get("topology"))
         missing = [f"`{item.name}`" for item in own if item.name not in {*config_dict, *given, *older, *lacked}]
         if "rope_parameters" in config_dict:
@@ -401,6 +411,11 @@ class SpiralFormerConfig(PreTrainedConfig):
     def resolved_gate_start(self) -> str:
         """How the gates of hyper-connections start, the default filled in."""
         return self.gate_start or "blend"
+
+    @property
+    def resolved_output_initializer_range(self) -> float:
+        """Standard deviation of what writes to the residual stream, the default filled in."""
+        return self.output_initializer_range or self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
 
     @property
     def resolved_num_key_value_heads(self) -> int:

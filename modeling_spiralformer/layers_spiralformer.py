@@ -18,11 +18,12 @@
 
 import copy
 import dataclasses
-import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
@@ -31,6 +32,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -67,7 +69,9 @@ class LayerFamily:
         norm: the kind of its norms, unless a configuration says otherwise.
         norms: submodules of a layer that are norms of `hidden_size` values.
         norms_heads: whether its attention has RMS norms of its own.
-        more_fields: those of `FAMILY_FIELDS` that its layers read, though its configuration lacks them.
+        more_fields: those of `FAMILY_FIELDS` that its layers read, though its configuration lacks them, with their
+            defaults.
+        dropping: what takes the place of a submodule where `hidden_dropout` is above 0 and the library's has none.
         cache_argument: how a layer calls the cache.
         partial_rotary_factor: the default share of a head that rotates; None where it has to be the whole head.
         final_norm: what that model calls its norm before the head.
@@ -82,7 +86,8 @@ class LayerFamily:
     norm: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norms_heads: bool = False
-    more_fields: tuple[str, ...] = ()
+    more_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dropping: dict[str, Callable[[Any, int], nn.Module]] = dataclasses.field(default_factory=dict)
     cache_argument: str = CACHE_NAME
     partial_rotary_factor: float | None = None
     final_norm: str = "norm"
@@ -97,7 +102,7 @@ class LayerFamily:
         norm = norm or self.norm
         kinds = [kind for kind in NORM_EPS if kind == norm or (kind == "rms_norm" and self.norms_heads)]
         own = {item.name: item.default for item in dataclasses.fields(self.config_class)}
-        own = dict.fromkeys(self.more_fields) | {name: own[name] for name in own if not name.endswith("norm_eps")}
+        own = self.more_fields | {name: own[name] for name in own if not name.endswith("norm_eps")}
         own |= {"norm": norm, **dict(NORM_EPS[kind] for kind in kinds)}
         return {name: None if "head" in name else own[name] for name in FAMILY_FIELDS if name in own}
 
@@ -106,6 +111,31 @@ class LayerFamily:
         """How tensor parallelism shards the submodules of a layer."""
         plan: dict[str, str] = self.config_class.base_model_tp_plan or {}
         return {name.removeprefix("layers.*."): style for name, style in plan.items() if name.startswith("layers.*.")}
+
+
+class SpiralFormerDroppingAttention(LlamaAttention):
+    """Llama's attention with dropout on what joins the residual stream."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the library's, in training with some values of the output dropped."""
+        output, weights = super().forward(*args, **kwargs)
+        return self.dropout(output), weights
+
+
+class SpiralFormerDroppingMLP(LlamaMLP):
+    """Llama's MLP with dropout on what joins the residual stream."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the library's, in training with some values of the output dropped."""
+        return self.dropout(super().forward(x))
 
 
 FAMILIES = {
@@ -128,6 +158,11 @@ FAMILIES = {
         rotary_embedding=LlamaRotaryEmbedding,
         outputs=("self_attn.o_proj", "mlp.down_proj"),
         norm="rms_norm",
+        more_fields={"hidden_dropout": 0.0},
+        dropping={
+            "self_attn": SpiralFormerDroppingAttention,
+            "mlp": lambda config, entry: SpiralFormerDroppingMLP(config),
+        },
     ),
     "qwen3": LayerFamily(
         config_class=Qwen3Config,
@@ -156,8 +191,12 @@ def make_layer(config, entry: int) -> nn.Module:
     if config.norm != family.norm:
         for name in family.norms:
             setattr(layer, name, make_norm(config))
+    # CODEPATH: smollm-* have dropout, no other published model has.
+    if config.hidden_dropout:
+        for name, make in family.dropping.items():
+            setattr(layer, name, make(config, entry))
     for name in family.outputs:
-        layer.get_submodule(name).initial_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        layer.get_submodule(name).initial_std = config.resolved_output_initializer_range
     return layer
 
 
@@ -187,6 +226,8 @@ __all__ = [
     "FAMILIES",
     "FAMILY_FIELDS",
     "LayerFamily",
+    "SpiralFormerDroppingAttention",
+    "SpiralFormerDroppingMLP",
     "make_layer",
     "make_norm",
     "make_rotary_embedding",

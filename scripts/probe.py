@@ -30,9 +30,14 @@ class ProbeArguments:
         default=None, metadata={"help": "Tokens of a sequence. Default: max_position_embeddings, at most 1024."}
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in one forward pass."})
+    smiles: bool = field(
+        default=False, metadata={"help": "The text is a molecule a line: those of `length` tokens are the sequences."}
+    )
 
     def __post_init__(self):
         check_counts(self, "sequences", "batch_size")
+        if self.smiles and self.length is None:
+            raise ValueError("`length` must be given with `smiles`: the tokens of a molecule, bos and eos included.")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -40,7 +45,8 @@ def main(argv: list[str] | None = None) -> dict:
     (arguments,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(argv)
     folder = check_folder("output_dir", arguments.output_dir, ("probes.json", "probes.md", *PICTURE_FILES))
     checkpoints = {"model": arguments.model, "control": arguments.control}
-    results = probe(checkpoints, arguments.text, arguments.sequences, arguments.length, arguments.batch_size)
+    how = (arguments.sequences, arguments.length, arguments.batch_size, arguments.smiles)
+    results = probe(checkpoints, arguments.text, *how)
     table = report(results)
     print(table)
     write_json(folder / "probes.json", results)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from workshop.experiments.molecules import read_molecules
 from workshop.files import ROOT, check_folder
+from workshop.molecules.rows import read_molecules
 from workshop.tokenizers import save_tokenizer, train_smiles_tokenizer
 
 CONTEXT = 128

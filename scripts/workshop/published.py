@@ -1,7 +1,7 @@
 """
 Figures of arXiv 2602.11698: the schedules, parameters and FLOPs of the 22 models of its Table 1, and those of its
 perplexities that the experiments of `scripts/experiments/` are compared with. Six models of arXiv 2604.21254
-(Hyperloop).
+(Hyperloop), and two of arXiv 2605.06322 (SMolLM).
 """
 
 import dataclasses
@@ -102,6 +102,23 @@ HYPERLOOP_MODELS = (
     HyperloopModel("hyperloop-990m", 2048, (4, 10, 4), "hyper_connections", 990.8),
 )
 
+
+@dataclass(frozen=True)
+class SmolLMModel:
+    """One model of arXiv 2605.06322: a single layer run eight times, with the paper's count of `parameters`."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    parameters: int
+
+
+SMOLLM_PASSES = 8
+SMOLLM_MODELS = (
+    SmolLMModel("smollm-53k", 64, 170, 53_760),
+    SmolLMModel("smollm-206k", 128, 341, 206_000),
+)
+
 # Perplexity on the Pile, Table 1, the smallest and the largest scale: model of the experiments -> perplexity. GPT-NeoX
 # with MeSH and without a loop exists at the largest scale only.
 PERPLEXITIES = {
@@ -181,6 +198,36 @@ def hyperloop_config(model: HyperloopModel) -> SpiralFormerConfig:
     )
 
 
+def smollm_config(model: SmolLMModel) -> SpiralFormerConfig:
+    """
+    The configuration of a model of arXiv 2605.06322: Llama's layer with layer norms and dropout, and nothing else.
+    Every matrix starts alike. 68 ids are the paper's, of which `tokenization/smiles` has 65.
+    """
+    return SpiralFormerConfig(
+        architectures=["SpiralFormerForCausalLM"],
+        layer_family="llama",
+        norm="layer_norm",
+        vocab_size=68,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_attention_heads=4,
+        num_prelude_layers=0,
+        num_core_layers=1,
+        num_coda_layers=0,
+        chunk_sizes=[1] * SMOLLM_PASSES,
+        topology="base",
+        scale_embeddings=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        attention_dropout=0.1,
+        hidden_dropout=0.1,
+        output_initializer_range=0.02,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 def tiny_config(**layers) -> SpiralFormerConfig:
     """SpiralFormer-B with MeSH at about 0.93M parameters, for the tokenizer in `tokenization/`.
 
@@ -206,7 +253,8 @@ def all_configs() -> dict[str, SpiralFormerConfig]:
     llama = tiny_config(layer_family="llama", num_key_value_heads=2, intermediate_size=176)
     hyperloop = {model.name: hyperloop_config(model) for model in HYPERLOOP_MODELS}
     published = {model.name: published_config(model) for model in PUBLISHED_MODELS}
-    return {"tiny": tiny_config(), "tiny-llama": llama} | published | hyperloop
+    smollm = {model.name: smollm_config(model) for model in SMOLLM_MODELS}
+    return {"tiny": tiny_config(), "tiny-llama": llama} | published | hyperloop | smollm
 
 
 def to_json(config: SpiralFormerConfig) -> str:
@@ -226,6 +274,7 @@ def to_json(config: SpiralFormerConfig) -> str:
 
 PREFILL_TOKENS = 4096
 TABLE_HEADER = ("model", "layers", "params", "paper", "non-emb.", "paper", "TFLOPs", "paper", "deviation")
+SMOLLM_HEADER = ("model", "layers", "params", "paper", "MFLOPs")
 HYPERLOOP_HEADER = ("model", "layers", "params", "without embedding", "paper", "TFLOPs")
 
 
@@ -281,3 +330,11 @@ def hyperloop_row(model: HyperloopModel) -> tuple[str, ...]:
         f"{model.parameters:.1f}",
         f"{measured.flops / 1e12:.2f}",
     )
+
+
+def smollm_row(model: SmolLMModel) -> tuple[str, ...]:
+    """One line of the third table: parameters, 1e6 FLOPs of a prefill of the whole context."""
+    config = smollm_config(model)
+    parameters, _ = count_parameters(config)
+    megaflops = count_published_flops(config, config.max_position_embeddings) / 1e6
+    return model.name, config_schedule(config), f"{parameters:,}", f"{model.parameters:,}", f"{megaflops:.1f}"

@@ -26,6 +26,7 @@ from workshop.checkpoints import load_config, load_model, load_tokenizer, parse_
 from workshop.data import check_bytes, make_blocks, token_byte_lengths
 from workshop.elastic import ElasticTrainer, check_schedules
 from workshop.files import check_folder, finite, write_json
+from workshop.model_card import CardTrainer
 from workshop.resuming import (
     RunRecord,
     check_record,
@@ -189,7 +190,11 @@ def record_run(config: PreTrainedConfig, training: SpiralTrainingArguments, bloc
 def run(model_arguments: ModelArguments, data_arguments: DataArguments, training: SpiralTrainingArguments) -> Trainer:
     """Runs the job that the settings describe, and returns its Trainer with the log in `state.log_history`."""
     set_up_logging(training)
-    trainer = make_trainer(model_arguments, data_arguments, training)
+    return run_job(make_trainer(model_arguments, data_arguments, training), training)
+
+
+def run_job(trainer: CardTrainer, training: SpiralTrainingArguments) -> Trainer:
+    """Trains, evaluates and saves as the settings say, with a Trainer that is ready."""
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
         raise ValueError("`fsdp` must be off on a CPU: accelerate shards on accelerators only, and would run DDP.")
     if training.schedules and trainer.is_fsdp_enabled:

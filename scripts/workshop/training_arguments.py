@@ -142,13 +142,14 @@ class SpiralTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SpiralTrainingArguments]:
+def parse_arguments(
+    argv: list[str], classes: tuple[type, ...] = (ModelArguments, DataArguments, SpiralTrainingArguments)
+) -> tuple:
     """
-    Reads the command line, or the one .yaml, .yml or .json file that it names.
+    Reads the command line, or the one .yaml, .yml or .json file that it names: one object of each class.
 
     Raises ValueError for an unknown key of such a file, and for a value of a type that its setting does not have.
     """
-    classes = (ModelArguments, DataArguments, SpiralTrainingArguments)
     parser = HfArgumentParser(classes)
     if len(argv) != 1 or Path(argv[0]).suffix not in (".yaml", ".yml", ".json"):
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

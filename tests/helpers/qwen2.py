@@ -12,6 +12,6 @@ QWEN2 = LayerFamily(
     rotary_embedding=Qwen2RotaryEmbedding,
     outputs=("self_attn.o_proj", "mlp.down_proj"),
     norm="rms_norm",
-    more_fields=("head_dim",),
+    more_fields={"head_dim": None},
     unread_fields=("max_window_layers",),
 )

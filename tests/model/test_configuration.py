@@ -127,7 +127,8 @@ WRONG = {
         ("attention_dropout", "hidden_dropout", "classifier_dropout"), [2.0, 1, -0.1, float("nan"), "0.1"]
     ),
     **dict.fromkeys(
-        ("layer_norm_eps", "rms_norm_eps", "initializer_range"), [0.0, -1.0, float("inf"), float("nan"), "1e-5"]
+        ("layer_norm_eps", "rms_norm_eps", "initializer_range", "output_initializer_range"),
+        [0.0, -1.0, float("inf"), float("nan"), "1e-5"],
     ),
     **dict.fromkeys(("share_core", "scale_embeddings", "use_parallel_residual", "attention_bias"), ["no", 0]),
     **dict.fromkeys(("tie_word_embeddings", "use_cache", "mlp_bias"), ["no", 0]),

@@ -52,7 +52,7 @@ def test_a_drawn_model_may_be_of_every_family_with_every_field():
     draw()
     for family, known in FAMILIES.items():
         values = {name: {value for field, value in met[family] if field == name} for name, _ in met[family]}
-        fields = {*known.fields(), "rope_parameters"} - {"hidden_dropout"}
+        fields = {*known.fields(), "rope_parameters"} - {"hidden_dropout"}  # of training
         assert fields <= values.keys() and all(len(values[name]) > 1 for name in fields), family
         assert len(values["rope_parameters"]) >= len(ROPE_TYPES) + 1
 
@@ -155,6 +155,18 @@ def test_a_checkpoint_from_before_the_families_loads_as_it_did(tmp_path):
     added = {"layer_family": "gpt_neox", "norm": "layer_norm", "transformers_version": transformers.__version__}
     assert {name: stored[name] for name in {*before, *added}} == before | added
     assert not {"num_key_value_heads", "head_dim", "mlp_bias", "rms_norm_eps"} & stored.keys()
+
+
+@torch.no_grad()
+def test_a_llama_from_before_its_dropout_has_none_and_is_told_nothing(tmp_path):
+    small_model(dtype=torch.float32, layer_family="llama").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("hidden_dropout") == 0.0 and "output_initializer_range" not in stored
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with CaptureLogger(LIBRARY) as said:
+        model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert said.out == "" and not any(report.values()) and model.config.hidden_dropout == 0.0
+    assert all(type(module).__module__.startswith("transformers.") for module in model.model.core[0].children())
 
 
 @families

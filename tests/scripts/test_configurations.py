@@ -9,11 +9,13 @@ from workshop.costs import count_parameters
 from workshop.published import (
     HYPERLOOP_MODELS,
     PUBLISHED_MODELS,
+    SMOLLM_MODELS,
     all_configs,
     hyperloop_config,
     hyperloop_row,
     measure,
     published_config,
+    smollm_row,
     table_row,
     to_json,
 )
@@ -41,9 +43,17 @@ def test_parameters_of_hyperloop(model):
     assert layers == "{}+{}x{{1,1,1}}+{}".format(*model.layers)
 
 
+def test_rows_of_smollm():
+    """The paper's count of the smaller model is exact, that of the larger one is in thousands."""
+    small, large = (smollm_row(model) for model in SMOLLM_MODELS)
+    assert small[:4] == ("smollm-53k", "0+1x{1,1,1,1,1,1,1,1}+0", "53,760", "53,760")
+    assert large[:3] == ("smollm-206k", "0+1x{1,1,1,1,1,1,1,1}+0", "205,952")
+    assert round(205_952, -3) == SMOLLM_MODELS[1].parameters
+
+
 def test_files_are_what_the_script_writes():
     configs = all_configs()
-    assert len(configs) == 30 == len(list(Path("configuration").iterdir()))
+    assert len(configs) == 32 == len(list(Path("configuration").iterdir()))
     for name, config in configs.items():
         assert Path("configuration", name, "config.json").read_text() == to_json(config), name
         assert SpiralFormerConfig.from_pretrained(configuration_folder(name)).to_dict() == config.to_dict()

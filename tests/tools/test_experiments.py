@@ -75,23 +75,27 @@ def line_of(run, validation: float | None) -> dict:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_committed_experiments_are_matched(path):
-    """Models of an experiment train on equal tokens, and those with a target hold it within half a unit."""
+    """Models of an experiment train on equal tokens or FLOPs, and those with a target hold it within half a unit."""
     plan = load_experiment(path)
     tokens, targets = set(), set()
     for name, entry in plan.models.items():
-        settings = plan.run(name, plan.seeds[0], plan.learning_rates[0]).settings
-        tokens.add(settings["steps"] * settings["batch_size"] * plan.example_length)
+        run = plan.run(name, plan.seeds[0], plan.learning_rates[0])
+        settings = run.settings
+        if "flops" in plan.budget:
+            assert abs(run.flops - plan.budget["flops"]) <= run.flops / settings["steps"] / 2
+        else:
+            tokens.add(settings["steps"] * settings["batch_size"] * plan.example_length)
         target = (plan.common | entry).get("non_embedding_parameters")
         if target is not None:
             config = plan.model_config(name)
             assert abs(count_parameters(config)[1] - target) <= parameters_per_unit(config) / 2
             targets.add(target)
-    assert tokens == {plan.budget["tokens"]}
+    assert tokens == ({plan.budget["tokens"]} if "tokens" in plan.budget else set())
     for name in plan.models:  # those without a target are what the others are matched to
         config = plan.model_config(name)
         count = count_parameters(config)[1]
         assert min(abs(count - target) for target in targets) <= parameters_per_unit(config) / 2, name
-    assert len(plan.seeds) >= 3 and len(plan.learning_rates) == 3
+    assert len(plan.seeds) >= 3 and len(plan.learning_rates) >= 3
 
 
 def test_the_commands_of_the_page_take_every_experiment_and_every_line():
@@ -109,6 +113,28 @@ def test_the_published_row_and_ratio_0_are_runs_of_the_main_comparison():
     main = plans["main_small"]
     assert plans["ablations"].run("published", 1, 4e-3).key == main.run("spiralformer-b", 1, 4e-3).key
     assert plans["recurrence_ratio"].run("ratio-0", 1, 4e-3).key == main.run("gpt-neox", 1, 4e-3).key
+
+
+@pytest.mark.parametrize("size", ["50k", "150k"])
+def test_equal_flops_share_the_sweeps_and_the_model_that_they_are_taken_from(size):
+    tokens, flops = (
+        load_experiment(ROOT / "scripts" / "experiments" / f"molecules_{size}{end}.yaml") for end in ("", "_flops")
+    )
+    for name in tokens.models:
+        assert flops.run(name, 0, 5e-3, sweep=True).key == tokens.run(name, 0, 5e-3, sweep=True).key
+    same = {name for name in tokens.models if flops.run(name, 1, 5e-3).key == tokens.run(name, 1, 5e-3).key}
+    assert same == {"spiralformer-mesh"}
+
+
+def test_a_plan_takes_what_it_lacks_from_the_one_that_it_is_based_on(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({"based_on": "base.yaml", "batch_size": 4, "seeds": [5]}), encoding="utf-8")
+    expected = Experiment("other", **(SMALL | {"batch_size": 4, "seeds": [5]}))
+    assert vars(load_experiment(path)) == vars(expected)
+    path.write_text(yaml.safe_dump({"based_on": "nowhere.yaml"}), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="`based_on`"):
+        load_experiment(path)
 
 
 def test_a_key_hangs_on_everything_that_decides_a_run():

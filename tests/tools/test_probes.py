@@ -22,6 +22,7 @@ from workshop.probes.measures import (
     ENTROPY,
     LOCAL_MASS,
     METRICS,
+    choose_molecules,
     collect,
     cut_text,
     dynamic_heads,
@@ -34,6 +35,7 @@ from workshop.probes.measures import (
     relative_update,
     uniform_attention,
 )
+from workshop.probes.routers import coefficients, router_entropy
 from workshop.tables import format_resolution
 
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tokenization")
@@ -191,7 +193,12 @@ def metrics_by_hand(attention: np.ndarray, chunk_size: int) -> tuple[float, floa
     return entropy, mass
 
 
-@pytest.mark.parametrize("options", [{}, {"share_core": False}, {"chunk_sizes": [16, 1], "num_core_layers": 1}])
+LLAMA = {"layer_family": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"share_core": False}, {"chunk_sizes": [16, 1], "num_core_layers": 1}, LLAMA], ids=str
+)
 def test_metrics_are_those_of_the_attentions_that_the_model_gives_out(options):
     model, ids = small_model(**options), random_ids(3, 70)
     config = model.config
@@ -219,6 +226,52 @@ def test_metrics_are_those_of_the_attentions_that_the_model_gives_out(options):
     for metric in found["metrics"].values():
         assert np.array(metric["values"]) == pytest.approx(np.mean(metric["samples"], axis=0))
         assert metric["dynamic_heads"] == dynamic_heads(torch.tensor(metric["values"]))
+
+
+@torch.no_grad()
+def test_coefficients_make_of_the_parts_what_mesh_reads():
+    """Token by token: x, v and the updates that went in, each times its number, are the state that came out."""
+    model, ids, calls = small_model(), random_ids(2, 21), []
+    model.model.topology.register_forward_hook(lambda module, inputs, outputs: calls.append((*inputs, outputs[0])))
+    with eager_evaluation(model), recorded(model) as recording:
+        model(ids, use_cache=False)
+    found = coefficients(recording.routers["write"], recording.routers["read"])
+    x, parts = calls[0][1], []
+    assert len(calls) == len(found) == 4
+    for numbers, (new, *_, read) in zip(found, calls, strict=True):
+        parts.append(new)
+        made = sum(number[..., None] * part for number, part in zip(numbers.unbind(-1), [x, *parts], strict=True))
+        assert (made - read).abs().max() < 1e-12 and numbers.std() > 1e-3
+    averaged = collect(model, ids, batch_size=1)["routers"]
+    assert averaged["sources"] == ["x", "v", "u_0", "u_1", "u_2"]
+    for cycle, numbers in enumerate(found):
+        assert averaged["coefficients"][cycle] == pytest.approx(numbers.mean(dim=(0, 1)).tolist(), rel=1e-6)
+        for kind in ("read", "write"):
+            weights = recording.routers[kind][cycle]
+            entropy = -(weights * weights.log()).sum(-1).mean().item() / math.log(6)
+            assert averaged[f"{kind} entropy"][cycle] == pytest.approx(entropy, rel=1e-6)
+
+
+@torch.no_grad()
+def test_even_and_collapsed_routers_are_told_apart():
+    model, ids = small_model(), random_ids(1, 12)
+    for parameter in model.model.topology.parameters():
+        parameter.zero_()
+    even = collect(model, ids, 1)["routers"]
+    assert even["read entropy"] == even["write entropy"] == pytest.approx([1.0] * 4)
+    assert [len(row) for row in even["coefficients"]] == [2, 3, 4, 5]
+    assert all(row == pytest.approx([1 / 6] * len(row)) for row in even["coefficients"])  # T + 3 slots
+    for router in model.model.topology.read:
+        router.bias[0] = 50.0
+    collapsed = collect(model, ids, 1)["routers"]
+    assert collapsed["read entropy"] == pytest.approx([0.0] * 4, abs=1e-9)
+    assert all(row == pytest.approx([1.0, *[1 / 6] * (len(row) - 1)]) for row in collapsed["coefficients"])
+    assert router_entropy(torch.ones(2, 3, 1)).tolist() == [[0.0] * 3] * 2  # one slot leaves no choice
+
+
+def test_other_topologies_have_no_routers():
+    for topology in ("anchor", "hyper_connections"):
+        assert collect(small_model(topology=topology), random_ids(1, 12), 1)["routers"] is None
 
 
 def test_batches_do_not_change_what_is_found():
@@ -275,6 +328,15 @@ def test_text_is_cut_into_sequences_without_special_tokens():
         cut_text(text, TOKENIZER, 2, 99999)
 
 
+def test_molecules_of_one_length_are_sequences(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization" / "smiles")
+    path = tmp_path / "molecules.txt"
+    path.write_text("CCOC\nCCO\nCCCl\nC\nCBrC\nCCN\n")
+    assert choose_molecules(path, tokenizer, 3, 5).tolist() == tokenizer(["CCO", "CCCl", "CBrC"])["input_ids"]
+    with pytest.raises(ValueError, match="`text` must hold 5 molecules of 5 tokens, but has 4"):
+        choose_molecules(path, tokenizer, 5, 5)
+
+
 # -- the script -------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +390,10 @@ def test_table_json_and_pictures_hold_what_was_found(checkpoints, text_file, tmp
         dynamic = [level[layer, head] for layer, head in metric["dynamic_heads"]]
         expected += [f"{value:.3f}" for value in (np.median(level), np.median(dynamic), metric["uniform"][1])]
     assert row[1:] == expected
+    routers = written["models"]["control"]["routers"]
+    values = [routers["read entropy"][1], routers["write entropy"][1], *routers["coefficients"][1]]
+    assert ["", "read entropy", "write entropy", "x", "v", "u_0", "u_1", "u_2", "u_3"] in rows
+    assert ["control, cycle 1", *(f"{value:.3f}" for value in values), "-", "-", "-"] in rows
     update = written["models"]["control"]["updates"]["iteration 1"]
     assert ["control, iteration 1", f"{update:.3f}"] in rows
 
@@ -387,6 +453,7 @@ def test_the_length_is_what_both_models_claim_or_less(checkpoints, text_file, tm
         (("--batch_size", "0"), "`batch_size` must be an integer >= 1, but got 0"),
         (("--length", "257"), r"`length` must be in \[12, max_position_embeddings = 256\]"),
         (("--length", "11"), r"`length` must be in \[12, "),
+        (("--smiles",), "`length` must be given with `smiles`"),
         (("--sequences", "999"), "`text` must hold 999 sequences of 256 tokens"),
     ],
 )

@@ -15,7 +15,7 @@ from workshop.experiments.report import (
 )
 from workshop.experiments.results import ExperimentResults, ModelResults
 from workshop.experiments.statistics import CONFIDENCE, Mean
-from workshop.experiments.store import SAMPLE_CLASSES
+from workshop.molecules.judging import SAMPLE_CLASSES
 from workshop.tables import config_schedule, markdown_table
 
 MEASURES = {"validation": "nats per token", "valid": "valid"}

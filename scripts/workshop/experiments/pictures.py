@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from workshop.experiments.results import TEXTS, ExperimentResults, ModelResults
-from workshop.experiments.store import SAMPLE_CLASSES
+from workshop.molecules.pictures import CLASS_COLOURS
 from workshop.plotting import (
     BLACK,
     BLUE,
@@ -38,8 +38,10 @@ STYLES = {
     "plain-8": (GREY, "X"),
     "looped-base": (PURPLE, "D"),
     "spiralformer-anchor": (SKY, "s"),
+    "spiralformer-mesh": (BLUE, "s"),
+    "hyperloop": (GREEN, "P"),
+    "hyperloop-coarse": (YELLOW, "*"),
 }
-CLASS_COLOURS = (GREEN, PURPLE, ORANGE, VERMILION, GREY)  # of SAMPLE_CLASSES
 BITS, FLOPS, NON_EMBEDDING = "bits per byte", "training FLOPs", "non-embedding parameters"
 COSTS = {FLOPS: "flops", NON_EMBEDDING: "non_embedding_parameters"}
 
@@ -91,14 +93,14 @@ def draw_molecules(results: ExperimentResults, path: Path) -> None:
     set_log_axis(points)
     points.set(xlabel=FLOPS, ylabel="nats per token, validation")
     left = np.zeros(len(models))
-    for kind, colour in zip(SAMPLE_CLASSES, CLASS_COLOURS, strict=True):
+    for kind, colour in CLASS_COLOURS.items():
         shares = np.array([model.mean(kind).mean for model in models])
         bars.barh([model.name for model in models], shares, left=left, color=colour, label=kind)
         left += shares
     bars.invert_yaxis()
     bars.xaxis.set_major_formatter(PercentFormatter(1))
     bars.set(xlabel="samples", xlim=(0, 1))
-    bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(SAMPLE_CLASSES), frameon=False)
+    bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(CLASS_COLOURS), frameon=False)
     add_legend(figure, points)
     save(figure, path)
 

@@ -263,11 +263,15 @@ class Experiment:
 
 def load_experiment(path: str | Path) -> Experiment:
     """
-    Reads one YAML; the experiment's name is that of the file.
+    Reads one YAML; the experiment's name is that of the file. What it does not hold is that of the file beside it
+    which `based_on` names.
 
     Raises ValueError for a key that is unknown or missing, and for every value that is not allowed.
     """
     entries = read_settings("experiments", path)
+    if "based_on" in entries:
+        base = read_settings("based_on", Path(path).parent / str(entries.pop("based_on")))
+        entries = base | entries
     known = {item.name for item in dataclasses.fields(Experiment)} - {"name"}
     required = known - {"common", "training", "rate_of", "sweep_budget", "smiles"}
     if set(entries) - known or required - set(entries):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.experiments.statistics import Comparison, Mean
-from workshop.experiments.store import SAMPLE_CLASSES, losses
+from workshop.experiments.store import losses
+from workshop.molecules.judging import SAMPLE_CLASSES
 
 TEXTS = ("validation", "foreign")
 FIELDS = {

@@ -13,9 +13,10 @@ from transformers.utils import logging as library_logging
 
 from workshop import training
 from workshop.data import make_blocks
-from workshop.experiments import molecules
+from workshop.experiments.molecules import outcome
 from workshop.experiments.plan import Run
 from workshop.files import finite
+from workshop.molecules import training as molecule_training
 from workshop.resuming import last_whole_checkpoint
 from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 
@@ -138,7 +139,7 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
         max_eval_samples=CURVE_MOLECULES if smiles else CURVE_BLOCKS,
     )
     model = ModelArguments(config_name=str(configuration), tokenizer_name=str(tokenizer))
-    module = molecules if smiles else training
+    module = molecule_training if smiles else training
     trainer = module.make_trainer(model, data, training_arguments(run, folder))
     progress = Progress(run.flops / settings["steps"], report)
     trainer.add_callback(progress)
@@ -148,16 +149,16 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     history = list(trainer.state.log_history)  # the evaluations below are logged too
     if smiles:
-        outcome = molecules.outcome(trainer, settings, files["validation"])
+        found = outcome(trainer, settings, files["validation"])
     else:
         texts = ("validation", "foreign")
-        outcome = {"bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in texts}}
+        found = {"bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in texts}}
     measure = "eval_nats_per_token" if smiles else "eval_bits_per_byte"
     return {
         "tokens": trainer.state.num_input_tokens_seen if smiles else settings["steps"] * tokens_per_step,
         "steps": settings["steps"],
         "flops": run.flops,
-        **outcome,
+        **found,
         "training_curve": curve(history, "loss", tokens_per_step),
         "validation_curve": curve(history, measure, tokens_per_step),
         "wall_seconds": round(time.time() - started, 1),

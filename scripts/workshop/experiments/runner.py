@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from workshop.data import load_file
-from workshop.experiments.molecules import check_rdkit, read_molecules
 from workshop.experiments.plan import Experiment, Run
 from workshop.experiments.run import train_run
 from workshop.experiments.store import append_line, losses, read_lines
+from workshop.molecules.judging import check_rdkit
+from workshop.molecules.rows import read_molecules
 from workshop.provenance import machine
 from workshop.tokenizers import (
     SPECIAL_TOKENS,

@@ -6,9 +6,6 @@ from pathlib import Path
 
 from workshop.files import read_text
 
-# What becomes of a sampled molecule: a line counts its samples by these (`molecules.classify`).
-SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
-
 
 def read_lines(path: str | Path) -> list[dict]:
     """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""

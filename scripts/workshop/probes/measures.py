@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modeling_spiralformer import SpiralFormerConfig
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
+from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.checkpoints import load_config, load_model, load_tokenizer
 from workshop.files import read_text
+from workshop.molecules.rows import read_molecules
+from workshop.probes.routers import average, router_figures
 from workshop.tables import config_schedule
 
 ENTROPY, LOCAL_MASS = METRICS = ("key-marginal entropy", "local attention mass")
@@ -119,10 +123,12 @@ class Recording:
         heads: the metrics of each call of a core layer in order, `(2, B, H)` each.
         embeddings, prelude, coda: `(B, L, D)`: x, v = f_pre(x), and f_post(h_T) before the final norm.
         states: h_0 ... h_T, `(B, L, D)` each.
+        routers: with MeSH the weights of its routers "write" and "read" in each cycle, `(B, L, S)` each, S slots.
     """
 
     heads: list[torch.Tensor] = field(default_factory=list)
     states: list[torch.Tensor] = field(default_factory=list)
+    routers: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"write": [], "read": []})
     embeddings: torch.Tensor | None = None
     prelude: torch.Tensor | None = None
     coda: torch.Tensor | None = None
@@ -163,10 +169,18 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
     def record_coda(norm, inputs):
         (recording.coda,) = inputs
 
+    def record_router(kind: str, router, inputs, outputs):
+        recording.routers[kind].append(outputs.softmax(dim=-1))
+
+    attention = FAMILIES[config.layer_family].attention
     with ExitStack() as stack:
         stack.callback(body.topology.register_forward_hook(record_state).remove)
-        for layer in body.core:
-            stack.callback(layer.attention.register_forward_hook(record_heads).remove)
+        for module in body.core.modules():
+            if isinstance(module, attention):
+                stack.callback(module.register_forward_hook(record_heads).remove)
+        for kind in recording.routers if config.topology == "mesh" else ():
+            for router in getattr(body.topology, kind):
+                stack.callback(router.register_forward_hook(partial(record_router, kind)).remove)
         stack.callback(body.norm.register_forward_pre_hook(record_coda).remove)
         yield recording
 
@@ -203,6 +217,22 @@ def cut_text(text: str, tokenizer: PreTrainedTokenizerBase, sequences: int, leng
     return torch.tensor(ids[:needed]).view(sequences, length)
 
 
+def choose_molecules(path: str, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> torch.Tensor:
+    """The first molecules of a file that have `length` tokens, bos and eos among them, as ids `(sequences, length)`.
+
+    Raises:
+        `ValueError`: where there are too few.
+    """
+    ids = tokenizer(read_molecules("text", path), verbose=False)["input_ids"]
+    found = [row for row in ids if len(row) == length][:sequences]
+    if len(found) < sequences:
+        raise ValueError(
+            f"`text` must hold {sequences} molecules of {length} tokens, but has {len(found)}: give more molecules, a "
+            "smaller `sequences` or another `length`."
+        )
+    return torch.tensor(found)
+
+
 def check_looped(config: PreTrainedConfig) -> None:
     """Raises ValueError where a checkpoint has no iterations that could be compared."""
     if not isinstance(config, SpiralFormerConfig):
@@ -227,10 +257,10 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
     """Probes a looped model on token ids `(sequences, L)`, without padding or cache.
 
     Returns:
-        what JSON can hold: the schedule, the latents K and window M of each iteration, both metrics, and the relative
-        update of each block. A metric has `values`, `[iteration][core layer][head]`, the mean over sequences;
-        `samples`, the same of each sequence; `uniform`, what uniform attention over as many latents gives, for each
-        iteration; and `dynamic_heads`, (layer, head) pairs.
+        what JSON can hold: the schedule, the latents K and window M of each iteration, both metrics, the relative
+        update of each block, and of MeSH what `average` gives of its routers, else None. A metric has `values`,
+        `[iteration][core layer][head]`, the mean over sequences; `samples`, the same of each sequence; `uniform`, what
+        uniform attention over as many latents gives, for each iteration; and `dynamic_heads`, (layer, head) pairs.
 
     Raises:
         `ValueError`: where there are fewer than two iterations to compare, or sequences are too short or too long.
@@ -238,13 +268,16 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
     config = model.config
     check_looped(config)
     check_length(config, sequences.shape[1])
-    heads, updates = [], []
+    heads, updates, routers = [], [], []
     with eager_evaluation(model), torch.no_grad():
         for batch in tqdm(sequences.split(batch_size), desc="probing", unit="batch"):
             with recorded(model) as recording:
                 model.base_model(input_ids=batch.to(model.device), use_cache=False)
             heads.append(torch.stack(recording.heads, dim=2).cpu())
             updates.append({name: size.cpu() for name, size in recording.updates(config).items()})
+            if config.topology == "mesh":
+                figures = router_figures(recording.routers["write"], recording.routers["read"])
+                routers.append({name: [value.cpu() for value in values] for name, values in figures.items()})
     # (2, sequences, T * N, H) as `[metric][sequence][iteration][core layer][head]`
     samples = torch.cat(heads, dim=1).double().unflatten(2, (config.num_iterations, config.num_core_layers))
     counts = [grid.num_filled(sequences.shape[1]) for grid in ChunkGrid.of(config)]
@@ -260,6 +293,7 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
             for index, (name, metric) in enumerate(zip(METRICS, samples, strict=True))
         },
         "updates": {name: torch.cat([batch[name] for batch in updates]).double().mean().item() for name in updates[0]},
+        "routers": average(routers) if routers else None,
     }
 
 
@@ -275,7 +309,12 @@ def describe_metric(samples: torch.Tensor, uniform: list[float]) -> dict:
 
 
 def probe(
-    checkpoints: dict[str, str | None], text_file: str, sequences: int, length: int | None, batch_size: int
+    checkpoints: dict[str, str | None],
+    text_file: str,
+    sequences: int,
+    length: int | None,
+    batch_size: int,
+    smiles: bool = False,
 ) -> dict:
     """
     What was asked and what `collect` found, for each checkpoint that is named, on the same text.
@@ -283,6 +322,7 @@ def probe(
     Args:
         checkpoints: role, which is the setting that names it -> folder or Hub name; None for a role that is left out.
         length: tokens of a sequence. Default: what all of them claim, at most 1024.
+        smiles: whether the text holds a molecule a line, each a sequence of its own.
     """
     paths = {role: path for role, path in checkpoints.items() if path is not None}
     configs = {role: load_config(path, field=role) for role, path in paths.items()}
@@ -292,12 +332,14 @@ def probe(
         length = min(LARGEST_DEFAULT_LENGTH, *(config.max_position_embeddings for config in configs.values()))
     for config in configs.values():  # before one of them takes its time and the other is refused
         check_length(config, length)
-    text = read_text("text", text_file)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     results = {"text": Path(text_file).name, "sequences": sequences, "length": length, "models": {}}
     for role, config in configs.items():
         tokenizer = load_tokenizer(paths[role], config, field=role)
-        ids = cut_text(text, tokenizer, sequences, length)
+        if smiles:
+            ids = choose_molecules(text_file, tokenizer, sequences, length)
+        else:
+            ids = cut_text(read_text("text", text_file), tokenizer, sequences, length)
         model = load_model(paths[role], config).to(device)
         results["models"][role] = {"checkpoint": Path(paths[role]).name, **collect(model, ids, batch_size)}
     return results

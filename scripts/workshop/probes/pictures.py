@@ -66,14 +66,30 @@ def update_table(models: dict[str, dict]) -> str:
     return markdown_table(["", "relative update"], rows)
 
 
+def router_table(models: dict[str, dict]) -> str:
+    """In each cycle of MeSH the entropies of its routers, and what stands before each part of the state it reads."""
+    routers = {role: probed["routers"] for role, probed in models.items() if probed["routers"] is not None}
+    sources = max((figures["sources"] for figures in routers.values()), key=len)
+    rows = []
+    for role, figures in routers.items():
+        for cycle, found in enumerate(figures["coefficients"]):
+            values = [figures["read entropy"][cycle], figures["write entropy"][cycle], *found]
+            row = [f"{role}, cycle {cycle}", *(f"{value:.3f}" for value in values)]
+            rows.append(row + ["-"] * (3 + len(sources) - len(row)))
+    return markdown_table(["", "read entropy", "write entropy", *sources], rows)
+
+
 def report(results: dict) -> str:
-    """What was probed, and both tables, as Markdown."""
+    """What was probed, and the tables, as Markdown."""
     lines = [f"{results['sequences']} sequences of {results['length']} tokens from `{results['text']}`."]
     lines += [f"{title(role, probed)}, `{probed['checkpoint']}`." for role, probed in results["models"].items()]
     parts = ["\n".join(f"- {line}" for line in lines)]
     parts.append("Median over heads, each the mean over sequences; the dynamic heads of each metric are its own:")
     parts.append(metric_table(results["models"]))
     parts += ["||out - in|| / ||in||, the mean over tokens and sequences:", update_table(results["models"])]
+    if any(probed["routers"] is not None for probed in results["models"].values()):
+        parts.append("What MeSH reads in each cycle, and entropies of its routers, means over tokens and sequences:")
+        parts.append(router_table(results["models"]))
     return "\n\n".join(parts)
 
 

@@ -12,21 +12,24 @@ import torch
 import yaml
 from documents import ROOT, commands, run
 from support import small_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from experiment import main as run_experiments
 from modeling_spiralformer import SpiralFormerConfig
 from train_smiles_tokenizer import SmilesTokenizerArguments
 from train_smiles_tokenizer import main as write_tokenizer
-from workshop.experiments import molecules
 from workshop.experiments import runner as experiment_runner
-from workshop.experiments.molecules import classify, judge, make_rows, make_trainer, read_molecules, row_losses, sample
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.plan import Experiment, load_experiment
 from workshop.experiments.results import ExperimentResults
 from workshop.experiments.run import train_run
 from workshop.experiments.runner import check_molecules, make_tokenizer
-from workshop.experiments.store import SAMPLE_CLASSES, read_lines
+from workshop.experiments.store import read_lines
+from workshop.molecules import judging, sampling
+from workshop.molecules.judging import SAMPLE_CLASSES, classify, judge
+from workshop.molecules.rows import LengthGroups, make_rows, read_molecules
+from workshop.molecules.sampling import sample
+from workshop.molecules.training import make_trainer, row_losses
 from workshop.tokenizers import split_smiles, train_smiles_tokenizer
 from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 
@@ -155,11 +158,30 @@ def alone(model, smiles: str) -> tuple[float, int]:
 def test_a_padded_row_has_the_loss_of_the_molecule_alone():
     model = small_model(vocab_size=65)
     trainer_rows = [{"input_ids": ids} for ids in TOKENIZER(MOLECULES)["input_ids"]]
-    batch = molecules.DataCollatorForLanguageModeling(TOKENIZER, mlm=False)(trainer_rows)
+    batch = DataCollatorForLanguageModeling(TOKENIZER, mlm=False)(trainer_rows)
     assert (batch["labels"] == -100).sum() == (batch["attention_mask"] == 0).sum() > 20
     losses = row_losses(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
     expected = torch.tensor([alone(model, smiles) for smiles in MOLECULES])
     torch.testing.assert_close(losses, expected.to(losses), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_hold_molecules_of_like_length_in_an_order_of_seed_and_epoch():
+    lengths = torch.randint(5, 60, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def drawn(seed, epoch):
+        sampler = LengthGroups(lengths, 10, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    indices = drawn(0, 0)
+    assert sorted(indices) == list(range(1003)) and indices == drawn(0, 0)
+    orders = [indices, drawn(1, 0), drawn(0, 1), drawn(1, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    batches = [[lengths[index] for index in indices[start : start + 10]] for start in range(0, 1000, 10)]
+    spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    longest = torch.tensor([float(max(batch)) for batch in batches])
+    assert spread < 10  # of 55; at random it is 45
+    assert abs(torch.corrcoef(torch.stack([longest[1:], longest[:-1]]))[0, 1]) < 0.3  # sorted batches have 0.9
 
 
 def small_trainer(data_dir: Path, tmp_path: Path, **training):
@@ -192,7 +214,7 @@ def test_the_loss_is_of_tokens_not_of_batches(data_dir, tmp_path):
 
 def test_samples_start_at_bos_and_a_seed_gives_the_same(monkeypatch):
     model = small_model(vocab_size=65, dtype=torch.float32, eos_token_id=2)
-    monkeypatch.setattr(molecules, "SAMPLED_AT_ONCE", 3)
+    monkeypatch.setattr(sampling, "SAMPLED_AT_ONCE", 3)
     first = sample(model, TOKENIZER, 7, seed=1, temperature=0.8, top_k=40, max_length=12)
     assert len(first) == 7 and len(set(first)) > 1
     assert first == sample(model, TOKENIZER, 7, seed=1, temperature=0.8, top_k=40, max_length=12)
@@ -252,7 +274,7 @@ def test_counts_add_up_and_two_spellings_are_one_molecule():
 
 
 def test_without_rdkit_nothing_starts(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(molecules, "find_spec", lambda name: None)
+    monkeypatch.setattr(judging, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="molecules"):
         run_experiments(runner_arguments(tmp_path, data_dir))
     assert not list((tmp_path / "runs").glob("*/*"))
@@ -307,9 +329,11 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(data_dir, tmp_path):
+@pytest.mark.parametrize("training", [{}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(training, data_dir, tmp_path):
+    """It stopped in the second of three passes, after one whole one."""
     pytest.importorskip("rdkit")
-    plan = experiment()
+    plan = experiment(training=training)
     planned = plan.run("spiral", 0, 1e-2)
     (tmp_path / "runs").mkdir()
     tokenizer = make_tokenizer(plan, data_dir, tmp_path / "runs")
