@@ -58,13 +58,12 @@ class RequestAttention:
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # states first
         output = torch.empty_like(query)
         if len(self.rows):
-            padded = [
+            keys, values = (
                 states.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape) for states in (key, value)
-            ]
-            output[self.rows] = attend(query[self.rows, None], *padded, self.mask, scaling, fused)[:, 0]
-        for rows, keys, mask in self.others:
-            several = query[None, rows], key[None, keys], value[None, keys]
-            output[rows] = attend(*several, mask, scaling, fused)[0]
+            )
+            output[self.rows] = attend(query[self.rows, None], keys, values, self.mask, scaling, fused)[:, 0]
+        for rows, held, mask in self.others:
+            output[rows] = attend(query[None, rows], key[None, held], value[None, held], mask, scaling, fused)[0]
         return output[None]
 
 

@@ -112,8 +112,8 @@ def measure_batching(
     built = {name: build(model, size, device) for name, model in models.items()}
     requests = workload.draw(size.vocabulary)
     spiral, plain = built.values()
-    batched, ways = Batched(spiral, workload, requests), {}
-    ways = {"batched": batched, "padded": Padded(spiral, workload, requests)}
+    batched = Batched(spiral, workload, requests)
+    ways: dict[str, Callable] = {"batched": batched, "padded": Padded(spiral, workload, requests)}
     ways["plain batched"] = Batched(plain, workload, requests)
     results = {"machine": machine(device), "family": family, "size": asdict(size), "workload": asdict(workload)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -168,17 +168,17 @@ def report_batching(results: dict) -> str:
     over = Ratio.of(seconds["batched"], seconds["plain batched"], ratio)
     held, promised = results["block_bytes"]["held"], results["block_bytes"]["keys and values"]
     header = ["what", "seconds", "requests a second", "new tokens a second", "time over the first"]
-    machine_ = results["machine"]
+    where, width = results["machine"], results["size"]["width"]
     return "\n".join(
         [
-            f"{workload['requests']} requests of {workload['prompts'][0]}-{workload['prompts'][1]} prompt tokens and "
-            f"{workload['new'][0]}-{workload['new'][1]} new ones: {tokens['prompts']} and {tokens['new']} in all; width "
-            f"{results['size']['width']}, {machine_['threads']} thread, transformers {machine_['transformers']}, commit "
-            f"{machine_['commit'][:7]}, {machine_['date']}.",
+            f"{workload['requests']} requests of {'-'.join(map(str, workload['prompts']))} prompt tokens and "
+            f"{'-'.join(map(str, workload['new']))} new ones, {tokens['prompts']} and {tokens['new']} in all; width "
+            f"{width}, threads {where['threads']}, transformers {where['transformers']}, {where['date']}, commit "
+            f"{where['commit'][:7]}.",
             "",
             markdown_table(header, rows),
             "",
-            f"- Time over {plain} in `generate_batch`, divided by the ratio of layer-equivalents ({ratio:.3f}): {over}.",
+            f"- Time over {plain} in `generate_batch`, over the ratio of layer-equivalents ({ratio:.3f}): {over}.",
             f"- Texts equal to those of `generate()`: {results['equal_texts']} of {workload['requests']}.",
             f"- Bytes of a block of {PAGE} tokens: {held:.0f}, of which keys and values by the formula {promised}: "
             f"{held / promised:.3f}.",
