@@ -20,6 +20,7 @@ values of every latent layer and a state for each resolution.
 Shape letters: N new tokens of all requests, K latents that fill, G tokens in a chunk, H heads, E size of a head.
 """
 
+import copy
 import math
 import sys
 import threading
@@ -27,13 +28,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
 from transformers.generation.continuous_batching import ContinuousBatchingManager, initialization
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.scheduler import Scheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .cache_name_spiralformer import EAGER_READS_PAGES
@@ -105,19 +108,20 @@ class SpiralFormerAllocator(LibraryAllocator):
 # -- building -----------------------------------------------------------------------------------------------------
 
 
+def default_batching(config: SpiralFormerConfig) -> ContinuousBatchingConfig:
+    """The library's settings, with the next larger page that cuts no chunk."""
+    period, page_size = math.lcm(*config.chunk_sizes), ContinuousBatchingConfig().page_size
+    return ContinuousBatchingConfig(page_size=-(-page_size // period) * period)
+
+
 def prepare_batching(
-    config: SpiralFormerConfig,
-    generation: GenerationConfig,
-    processors: LogitsProcessorList,
-    batching: ContinuousBatchingConfig | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    config: SpiralFormerConfig, batching: ContinuousBatchingConfig | None
 ) -> ContinuousBatchingConfig:
-    """The settings of continuous batching: those given, or the library's with a page that cuts no chunk.
+    """The settings of continuous batching: those given, or `default_batching`.
 
     Raises:
         `NotImplementedError`: on a release of transformers before 5.23.
-        `ValueError`: for decoding that the library does not do here, stop strings without a tokenizer, a page that
-            cuts a chunk, CUDA graphs and compilation, or several processes.
+        `ValueError`: for a page that cuts a chunk, CUDA graphs and compilation, or several processes.
     """
     if not hasattr(library_cache, ALLOCATORS):
         raise NotImplementedError(
@@ -131,11 +135,9 @@ def prepare_batching(
         )
     if processes_of(config) > 1:
         raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {processes_of(config)}.")
-    check_decoding(generation, processors, tokenizer)
-    period = math.lcm(*config.chunk_sizes)  # 1 without a loop
     if batching is None:
-        default = ContinuousBatchingConfig().page_size
-        return ContinuousBatchingConfig(page_size=-(-default // period) * period)
+        return default_batching(config)
+    period = math.lcm(*config.chunk_sizes)  # 1 without a loop
     if batching.page_size % period:
         raise ValueError(
             f"`page_size` must be a multiple of all chunk sizes {list(config.chunk_sizes)}, that is of {period}, but "
@@ -151,10 +153,12 @@ def prepare_batching(
     return batching
 
 
-def check_decoding(
-    generation: GenerationConfig, processors: LogitsProcessorList, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def check_decoding(model: Any, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuses what the library would not look at, or would do with the flat batch as with rows of texts.
+
+    Args:
+        model: a `SpiralFormerForCausalLM`.
+        tokenizer: that of stop strings, where there are any.
 
     Raises:
         `ValueError`: naming it.
@@ -166,7 +170,10 @@ def check_decoding(
         raise ValueError(f"`max_time` must be None in continuous batching, but got {generation.max_time}.")
     if generation.stop_strings and tokenizer is None:
         raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
-    for processor in processors:
+    seen = copy.deepcopy(generation)  # the library makes some processors only where special tokens are prepared
+    seen.eos_token_id = None if seen.eos_token_id == -1 else seen.eos_token_id  # its word for none, here
+    model._prepare_special_tokens(seen, kwargs_has_attention_mask=True, device=model.device)
+    for processor in model._get_logits_processor(seen, input_ids_seq_length=1):
         name = type(processor).__name__
         if not processor.supports_continuous_batching and name not in SCORES_ALONE:
             raise ValueError(
@@ -250,7 +257,11 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self):
         with these_blocks():
-            return super()._create_batch_processor()
+            processor = super()._create_batch_processor()
+        scheduler: Any = processor.scheduler
+        room = processor.cache.max_tokens_read
+        scheduler.add_waiting_request = partial(add_if_it_fits, type(scheduler).add_waiting_request, scheduler, room)
+        return processor
 
     def add_request(
         self,
@@ -283,6 +294,28 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         """As the library does."""
         self.output_router.forget(request_id)
         super().cancel_request(request_id)
+
+
+def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, state: RequestState) -> None:
+    """Adds a request that a cache of so many tokens holds alone: another would end the loop, and all requests with it.
+
+    A request without a count of new tokens ends where the cache does. The library fails the request of an error here.
+
+    Raises:
+        `ValueError`: for a request that does not fit.
+    """
+    prompt = len(state.initial_tokens)
+    if state.max_new_tokens is None:
+        state.max_new_tokens = max(1, room + 1 - prompt)
+        state.__post_init__()  # reads the count
+    needed = prompt + state.max_new_tokens - 1  # nothing attends to the last one
+    if needed > room:
+        raise ValueError(
+            f"The cache of continuous batching must hold a whole request, but holds {room} tokens, and request "
+            f"{state.request_id} of {prompt} tokens and {state.max_new_tokens} new ones needs {needed}: raise "
+            "`num_blocks`, or lower `max_new_tokens`."
+        )
+    add(scheduler, state)
 
 
 # -- one step -----------------------------------------------------------------------------------------------------
@@ -351,4 +384,11 @@ class PagedIteration:
         return tuple(states.transpose(0, 1)[None] for states in store[self.plan.held_slots].unbind(1))
 
 
-__all__ = ["PagedCall", "SpiralFormerBatchingManager", "prepare_batching", "these_blocks"]
+__all__ = [
+    "PagedCall",
+    "SpiralFormerBatchingManager",
+    "check_decoding",
+    "default_batching",
+    "prepare_batching",
+    "these_blocks",
+]

@@ -34,7 +34,6 @@ Shape letters: B batch, R rows of the batch that run, S new tokens (all L of the
 of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
 
-import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -90,7 +89,13 @@ from .cache_name_spiralformer import (
 from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
-from .continuous_spiralformer import TOKENIZER, PagedCall, SpiralFormerBatchingManager, prepare_batching
+from .continuous_spiralformer import (
+    TOKENIZER,
+    PagedCall,
+    SpiralFormerBatchingManager,
+    check_decoding,
+    prepare_batching,
+)
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
@@ -673,11 +678,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """
         decoding = self.generation_config if generation_config is None else generation_config
         tokenizer = TOKENIZER.get() if tokenizer is None else tokenizer
-        seen = copy.deepcopy(decoding)  # the library makes some processors only where special tokens are prepared
-        seen.eos_token_id = None if seen.eos_token_id == -1 else seen.eos_token_id  # the library's word for none, here
-        self._prepare_special_tokens(seen, kwargs_has_attention_mask=True, device=self.device)
-        processors = self._get_logits_processor(seen, input_ids_seq_length=1)
-        batching = prepare_batching(self.config, decoding, processors, continuous_batching_config, tokenizer)
+        check_decoding(self, decoding, tokenizer)
+        batching = prepare_batching(self.config, continuous_batching_config)
         make = super().init_continuous_batching
         return SpiralFormerBatchingManager.made_by(
             lambda: make(generation_config, batching, workload_hints), tokenizer

@@ -4,15 +4,17 @@
 
 The server imports no package of ours, and looks the class that a checkpoint names up among the library's own names
 alone, also with --trust-remote-code. So this file imports the package, puts the class there and starts the server.
+With --continuous-batching each request has its own sampling settings and stop strings (`workshop.serving`).
 """
 
 import sys
 
-from transformers.cli.serving import model_manager
+from transformers.cli.serving import model_manager, utils
 from transformers.cli.transformers import app
 
 from modeling_spiralformer import SpiralFormerForCausalLM
 from workshop.checkpoints import check_loaded
+from workshop.serving import RequestBatching
 
 
 class ServedModel(SpiralFormerForCausalLM):
@@ -28,6 +30,7 @@ class ServedModel(SpiralFormerForCausalLM):
 def main(argv: list[str]) -> None:
     # The name `transformers` as the server has it: the library may put another module object in its place.
     model_manager.transformers.SpiralFormerForCausalLM = ServedModel
+    utils.CBGenerateManager = RequestBatching
     app(["serve", *argv])
 
 

@@ -384,6 +384,39 @@ def test_earlier_releases_are_refused_by_name(monkeypatch):
         make_model().generate_batch([[3, 4, 5]], decoding())
 
 
+def run(model, requests: list[tuple[list[int], int | None]], batching: ContinuousBatchingConfig) -> tuple[list, int]:
+    """The results of prompts with counts of new tokens, and how many tokens the cache holds."""
+    manager = model.init_continuous_batching(decoding(max_new_tokens=None), batching)
+    manager.start()
+    results: dict[str, object] = {}
+    try:
+        for number, (prompt, new) in enumerate(requests):
+            manager.add_request(prompt, str(number), max_new_tokens=new)
+        while len(results) < len(requests) and manager.is_running():
+            if result := manager.get_result(timeout=1):
+                results[result.request_id] = result
+        assert manager.background_thread_status.fatal_error is None
+        return [results[str(number)] for number in range(len(requests))], manager.batch_processor.cache.max_tokens_read
+    finally:
+        manager.stop(block=True)
+
+
+def test_a_request_that_the_cache_cannot_hold_fails_alone():
+    """By its prompt or by what it asks for; one that just fits, and one without a count, end where the cache ends."""
+    model, small = make_model(chunk_sizes=[4, 2, 1]), {"num_blocks": 2, "allow_block_sharing": False}
+    first, *others = prompts((10, 400, 30, 20, 15))
+    (_,), room = run(model, [(first, 1)], settings(**small))
+    assert 48 <= room < 200
+    requests = [(first, 8), (others[0], 8), (others[1], room - 28), (others[2], room - 19), (others[3], None)]
+    results, _ = run(model, requests, settings(**small))
+    for number in (1, 2):
+        assert not results[number].generated_tokens
+        assert f"holds {room} tokens, and request {number} of" in results[number].error
+    for number, new in ((0, 8), (3, room - 19), (4, room - 14)):
+        assert results[number].error is None
+        assert results[number].generated_tokens == alone(model, requests[number][0], new)[0]
+
+
 def test_adapters_that_are_chosen_by_row_are_refused():
     """As PEFT's `adapter_names` does it, by a hook on each layer: the rows of the flat batch are no requests."""
     pytest.importorskip("peft")

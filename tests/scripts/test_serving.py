@@ -1,26 +1,19 @@
 """Pipelines give what the model gives alone; `transformers serve` answers over HTTP; other engines are kept away."""
 
-import contextlib
 import functools
 import json
-import os
 import shlex
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 from documents import ROOT, blocks, commands
+from http_server import ask, save_served, serving
 from packaging import version
 from support import large_weights, make_exact, small_config, small_model
 from transformers import (
@@ -201,75 +194,19 @@ def test_classes_in_ragged_batches(tokenizer, side, family):
 # -- transformers serve -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def serving(folder: Path, start: str) -> Iterator[str]:
-    """The address of the server that a page's command starts in a folder, at a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = shlex.split(start)
-    assert words[:2] == ["python", "scripts/serve.py"] and words[-2] == "--port"
-    (folder / "cache").mkdir()
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, *words[1:-1], str(port)],
-            cwd=folder,
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
-        )
-    address = f"http://localhost:{port}"
-    try:
-        wait_for(address + "/health", server, folder / "log")
-        yield address
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            raise
-
-
 @pytest.fixture(scope="module", params=["one by one", "continuous batching"])
 def served(request, tmp_path_factory):
     """A folder with the checkpoint `my_model`, and the address of a server that the page's command starts there."""
     together = request.param == "continuous batching"
     if together and not find_spec("transformers.generation.continuous_batching.cache_allocators"):
         pytest.skip("needs transformers 5.23 or later")
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "scripts").symlink_to(ROOT / "scripts")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "my_model")
-    small_model(5, vocab_size=4096, hidden_size=32, dtype=torch.float32).save_pretrained(folder / "my_model")
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    save_served(folder, TEMPLATE)
     starts = [line for line in commands("docs/serving.md") if line.startswith("python scripts/serve.py")]
     (start,) = (line for line in starts if ("--continuous-batching" in line) == together)
     assert shlex.split(start)[2] == "my_model"
-    with serving(folder, start) as address:
+    with serving(folder, start) as (address, _):
         yield folder, address
-
-
-def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    """Returns once the address answers; fails with the server's log where it ends before, or after three minutes."""
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError):
-            ended = server.poll() is not None
-            assert not ended and time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.3)
-
-
-def ask(address: str, path: str, body: dict | None = None) -> str:
-    """The text of the answer to a GET, or to a POST where there is a body."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address + path, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return response.read().decode()
 
 
 @pytest.mark.processes
@@ -330,6 +267,52 @@ def test_clients_at_once_get_what_each_gets_alone(served):
     for prompt, text in answers.values():
         assert text == greedy(model, tokenizer, prompt)
     assert json.loads(ask(address, "/health")) == {"status": "ok"}
+
+
+@pytest.mark.processes
+def test_each_request_has_its_own_settings(served):
+    """A hot sample beside greedy texts, one of which ends at a string."""
+    folder, address = served
+    model = AutoModelForCausalLM.from_pretrained(folder / "my_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "my_model")
+    expected = greedy(model, tokenizer, PROMPTS[0])
+    sampled = json.dumps({"do_sample": True, "temperature": 50.0, "max_new_tokens": NEW})
+    answers = {}
+
+    def client(name: str, **settings) -> None:
+        body = {"prompt": PROMPTS[0], "max_tokens": NEW, **settings}
+        answers[name] = json.loads(ask(address, "/v1/completions", body))["choices"][0]["text"]
+
+    likeliest = json.dumps({"do_sample": True, "temperature": 0.7, "top_k": 1, "max_new_tokens": NEW})
+    stop = expected[len(expected) // 2 :][:3]
+    requests = {
+        "hot": {"generation_config": sampled},
+        "likeliest": {"generation_config": likeliest},
+        "greedy": {"temperature": 0},
+        "stopped": {"temperature": 0, "stop": [stop, "never"]},
+    }
+    clients = [threading.Thread(target=client, args=(name,), kwargs=settings) for name, settings in requests.items()]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(timeout=300)
+    assert answers["greedy"] == answers["likeliest"] == expected and answers["hot"] != expected
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    how = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": [stop, "never"], "tokenizer": tokenizer}
+    stopped = tokenizer.decode(model.generate(ids, **how)[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answers["stopped"] == stopped and len(stopped) < len(expected)
+
+
+@pytest.mark.processes
+def test_a_setting_that_batches_do_not_follow_is_a_clients_error(served):
+    folder, address = served
+    body = {"prompt": PROMPTS[0], "max_tokens": NEW, "frequency_penalty": 0.5}
+    if "continuous" not in folder.name:
+        ask(address, "/v1/completions", body)
+        return
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(address, "/v1/completions", body)
+    assert refused.value.code == 422 and "RepetitionPenaltyLogitsProcessor" in refused.value.read().decode()
 
 
 @pytest.mark.processes

@@ -1,0 +1,86 @@
+"""What the library's server with continuous batching leaves out: the settings of each request.
+
+It starts its manager with the settings of the first request, and gives later ones nothing but a count of new tokens.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+from fastapi import HTTPException
+from transformers import GenerationConfig
+from transformers.cli.serving.utils import CBGenerateManager
+
+from modeling_spiralformer.continuous_spiralformer import check_decoding, default_batching
+
+# A manager has the processors that its settings name, whatever their values: a request brings its own.
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 1, "top_p": 0.5, "stop_strings": None}
+GREEDY = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+
+
+def request_settings(generation: GenerationConfig, vocabulary: int) -> dict[str, Any]:
+    """What `add_request` takes of the settings of a request."""
+    sampled = {
+        "temperature": float(generation.temperature or 1.0),
+        "top_k": generation.top_k or vocabulary,
+        "top_p": float(generation.top_p or 1.0),
+    }
+    return {**(sampled if generation.do_sample else GREEDY), "stop_strings": generation.stop_strings}
+
+
+def check_followed(model: Any, generation: GenerationConfig, tokenizer: Any) -> None:
+    """Answers 422 to settings that continuous batching does not follow."""
+    try:
+        check_decoding(model, generation, tokenizer)
+    except ValueError as error:
+        raise HTTPException(status_code=422, detail=str(error)) from error
+
+
+class RequestManager:
+    """A manager of continuous batching for one request, whose settings it adds."""
+
+    def __init__(self, manager: Any, settings: dict[str, Any]):
+        self.manager, self.settings = manager, settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
+
+    def add_request(self, *args, **kwargs) -> str | None:
+        """As the manager's, with the settings."""
+        return self.manager.add_request(*args, **kwargs, **self.settings)
+
+
+class RequestBatching(CBGenerateManager):
+    """As the library's, with sampling settings and stop strings of each request.
+
+    Raises:
+        `HTTPException`: 422 for settings that continuous batching does not follow.
+    """
+
+    def init_cb(self, model, gen_config) -> None:
+        """Starts the manager at the first request."""
+        shared = copy.deepcopy(gen_config)
+        shared.update(**SAMPLING)
+        check_followed(model, shared, None)
+        batching = self._cb_config or default_batching(model.config)
+        self._cb_config = dataclasses.replace(batching, per_request_processors=True)
+        super().init_cb(model, shared)
+
+    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        """As the library's, with the request's settings."""
+        bound = self._of_request(model, processor, gen_config)
+        return CBGenerateManager.generate_streaming(bound, model, processor, inputs, gen_config, *args, **kwargs)
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+        """As the library's, with the request's settings."""
+        bound = self._of_request(model, processor, gen_config)
+        return await CBGenerateManager.generate_non_streaming(
+            bound, model, processor, inputs, gen_config, *args, **kwargs
+        )
+
+    def _of_request(self, model, processor, gen_config) -> "RequestBatching":
+        check_followed(model, gen_config, processor)
+        bound, manager = copy.copy(self), self._cb
+        manager.tokenizer = processor  # one model, one tokenizer
+        bound._cb = RequestManager(manager, request_settings(gen_config, model.config.vocab_size))
+        return bound
