@@ -26,7 +26,7 @@ help:
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
-	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, with pictures: about 50 minutes"
+	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, and many requests at once: about 70 minutes"
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
 	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: days in all"
 	@echo "make figures      draw the figures of the docs"
@@ -142,6 +142,7 @@ memory: $(STAMP)
 benchmark: $(STAMP)
 	$(RUN) scripts/benchmark.py
 	$(RUN) scripts/benchmark.py --layer_family llama --output runs/benchmark_llama.json --plot runs/benchmark_llama.png
+	$(RUN) scripts/benchmark_batching.py
 
 results: $(STAMP)
 	$(RUN) scripts/report.py
