@@ -49,8 +49,17 @@ from .stopping_spiralformer import StoppingRouter
 library_cache = sys.modules[PagedAttentionCache.__module__]
 TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these blocks are for
 # Two names of the library's modules `cache` and `initialization` say of which class a paged cache builds its blocks.
-# They are private: tests/model/test_continuous_batching.py tells when they move.
 ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
+# What this file and `stopping_spiralformer` read or replace of the library's classes, and no page documents.
+# tests/model/test_continuous_batching.py tells when one of them moves.
+PRIVATE = {
+    "ContinuousBatchingManager": ("_create_batch_processor", "switch_to_cb_friendly_attn"),
+    "Scheduler": ("add_waiting_request",),
+    "RequestState": ("__post_init__", "initial_tokens", "max_new_tokens"),
+    "GenerationOutput": ("prompt_ids", "generated_tokens", "lifespan", "status"),
+    "OutputRouter": ("deliver", "deliver_batch"),
+    "GenerationMixin": ("_prepare_special_tokens", "_get_logits_processor"),
+}
 BUILDING = threading.Lock()
 # What the library keeps without saying that it may: these look at scores alone, others at the text of each row too,
 # and the rows of a flat batch are no texts.

@@ -678,8 +678,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """
         decoding = self.generation_config if generation_config is None else generation_config
         tokenizer = TOKENIZER.get() if tokenizer is None else tokenizer
-        check_decoding(self, decoding, tokenizer)
         batching = prepare_batching(self.config, continuous_batching_config)
+        check_decoding(self, decoding, tokenizer)
         make = super().init_continuous_batching
         return SpiralFormerBatchingManager.made_by(
             lambda: make(generation_config, batching, workload_hints), tokenizer

@@ -10,13 +10,15 @@ from documents import ROOT
 from packaging import version
 from support import random_ids, small_model
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation import utils as generation_utils
 from transformers.generation.continuous_batching import cache as library_cache
-from transformers.generation.continuous_batching import initialization
+from transformers.generation.continuous_batching import continuous_api, initialization, requests, scheduler
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
     ALLOCATORS,
     GROUPS,
+    PRIVATE,
     TOKEN_LAYERS,
     SpiralFormerAllocator,
     these_blocks,
@@ -323,6 +325,27 @@ def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
             [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)], before, strict=True
         )
     )
+
+
+@pytest.mark.parametrize("owner", PRIVATE)
+def test_the_names_that_no_page_documents_are_there(owner):
+    places = (continuous_api, requests, scheduler, generation_utils)
+    (found,) = {getattr(place, owner) for place in places if hasattr(place, owner)}
+    known = {*dir(found), *getattr(found, "__dataclass_fields__", ())}
+    assert {*PRIVATE[owner]} <= known
+
+
+def test_attention_is_put_back():
+    """While there is a manager, and no longer, layers attend request by request; another call has its own mask."""
+    model = make_model()
+    manager = model.init_continuous_batching(decoding(), settings())
+    assert model.config._attn_implementation == "sdpa_by_request"
+    ids = torch.tensor(prompts((9,)))
+    meanwhile = model(ids).logits
+    manager.start()
+    manager.stop(block=True)
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(meanwhile, model(ids).logits)
 
 
 def test_other_models_keep_their_blocks_meanwhile():
