@@ -1,6 +1,7 @@
-"""Quantises a trained model to int8 weights with torchao, on a CPU, and says what that does to its perplexity.
+"""Quantises a trained model to int8 or int4 weights with torchao, on a CPU, and says what that does to its perplexity.
 
     python examples/quantise.py runs/quickstart runs/quantised --text text.txt
+    python examples/quantise.py runs/quickstart runs/quantised --text text.txt --bits 4
 
 The quantised model is saved, loaded again as any other checkpoint, and continues a prompt. Perplexity is that of the
 first blocks of the text.
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import modeling_spiralformer  # noqa: F401  registers the Auto classes
@@ -28,6 +29,7 @@ parser.add_argument(
     choices=["float32", "bfloat16", "float16"],
     help="of everything that is not quantised",
 )
+parser.add_argument("--bits", type=int, default=8, choices=[8, 4], help="of a weight, with one scale a row")
 parser.add_argument("--prompt", default="def __init__(self")
 parser.add_argument("--block_size", type=int, default=128)
 parser.add_argument("--max_blocks", type=int, default=64)
@@ -59,7 +61,10 @@ model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arg
 if any(loading.values()):  # the library would draw or drop these weights, and warn
     parser.error(f"model must hold the weights of its configuration, but loading it gave {loading}")
 before = perplexity(model)
-quantisation = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=arguments.keep)
+# torchao's int4 kernels need an accelerator; these weights are int4 in their values, each in a byte, on every device.
+weights = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0))
+weights = weights if arguments.bits == 4 else Int8WeightOnlyConfig()
+quantisation = TorchAoConfig(weights, modules_to_not_convert=arguments.keep)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, quantization_config=quantisation)
 model.save_pretrained(arguments.output_dir)
 tokenizer.save_pretrained(arguments.output_dir)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from documents import ROOT, commands
 from support import large_weights, pad_rows, random_ids, small_model
-from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, IntxUnpackedToInt8Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, TorchAoConfig
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
@@ -240,12 +240,16 @@ def test_the_commands_of_the_page_run(workplace, monkeypatch, capsys):
     AutoTokenizer.from_pretrained(ROOT / "tokenization").save_pretrained(words[0])
     words += ["--block_size", "32", "--max_blocks", "8"]
     kept = {}
-    for keep in (["lm_head"], ["lm_head", "model.topology", "model.resolutions"]):
-        monkeypatch.setattr(sys, "argv", [script, *words, "--keep", *keep, "--dtype", "bfloat16", "--prompt", "def"])
+    some = ["lm_head", "model.topology", "model.resolutions"]
+    for keep, bits in ((["lm_head"], "8"), (some, "8"), (["lm_head"], "4")):
+        how = ["--keep", *keep, "--bits", bits, "--dtype", "bfloat16", "--prompt", "def"]
+        monkeypatch.setattr(sys, "argv", [script, *words, *how])
         runpy.run_path(script, run_name="__main__")
         printed = capsys.readouterr().out
         assert "perplexity: " in printed and "MiB in runs/quantised" in printed and "def" in printed
         model = AutoModelForCausalLM.from_pretrained("runs/quantised")
         assert model.dtype == torch.bfloat16
-        kept[len(keep)] = isinstance(model.model.topology.read[0].weight, Int8Tensor)
-    assert kept == {1: True, 3: False}
+        weight = model.model.topology.read[0].weight
+        kept[len(keep), bits] = type(weight), weight.dequantize().unique().numel() if bits == "4" else None
+    assert kept[1, "8"][0] is Int8Tensor and kept[3, "8"][0] is torch.nn.Parameter
+    assert kept[1, "4"][0] is IntxUnpackedToInt8Tensor and kept[1, "4"][1] <= 16 * len(weight)  # values of a row
