@@ -54,10 +54,10 @@ ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
 # tests/model/test_continuous_batching.py tells when one of them moves.
 PRIVATE = {
     "ContinuousBatchingManager": ("_create_batch_processor", "switch_to_cb_friendly_attn"),
-    "Scheduler": ("add_waiting_request",),
+    "Scheduler": ("add_waiting_request", "clear_cancelled_requests"),
     "RequestState": ("__post_init__", "initial_tokens", "max_new_tokens"),
     "GenerationOutput": ("prompt_ids", "generated_tokens", "lifespan", "status"),
-    "OutputRouter": ("deliver", "deliver_batch"),
+    "OutputRouter": ("deliver", "deliver_batch", "result_handlers"),
     "GenerationMixin": ("_prepare_special_tokens", "_get_logits_processor"),
 }
 BUILDING = threading.Lock()
@@ -268,8 +268,11 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         with these_blocks():
             processor = super()._create_batch_processor()
         scheduler: Any = processor.scheduler
-        room = processor.cache.max_tokens_read
-        scheduler.add_waiting_request = partial(add_if_it_fits, type(scheduler).add_waiting_request, scheduler, room)
+        kind, room = type(scheduler), processor.cache.max_tokens_read
+        scheduler.add_waiting_request = partial(add_if_it_fits, kind.add_waiting_request, scheduler, room)
+        scheduler.clear_cancelled_requests = partial(
+            drop_cancelled, kind.clear_cancelled_requests, scheduler, self.output_router
+        )
         return processor
 
     def add_request(
@@ -299,11 +302,6 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
                 self.output_router.forget(text)
         return added
 
-    def cancel_request(self, request_id: str) -> None:
-        """As the library does."""
-        self.output_router.forget(request_id)
-        super().cancel_request(request_id)
-
 
 def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, state: RequestState) -> None:
     """Adds a request that a cache of so many tokens holds alone: another would end the loop, and all requests with it.
@@ -325,6 +323,14 @@ def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, state: Reques
             "`num_blocks`, or lower `max_new_tokens`."
         )
     add(scheduler, state)
+
+
+def drop_cancelled(clear: Callable, scheduler: Scheduler, router: StoppingRouter) -> list[RequestState]:
+    """Clears cancelled requests, and what the router has of them: the library keeps a client that has gone."""
+    states = clear(scheduler)
+    for state in states:
+        router.drop(state.request_id)
+    return states
 
 
 # -- one step -----------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ class StoppingRouter(OutputRouter):
         """Looks at this request no more."""
         self.watched.pop(request_id, None)
 
+    def drop(self, request_id: str) -> None:
+        """Forgets a request that gets no more outputs, and who waits for them."""
+        self.forget(request_id)
+        self.result_handlers.pop(request_id, None)
+
     def deliver(self, output: GenerationOutput) -> None:
         """As the library does; such an output is an error, and the request's last."""
         self.forget(output.request_id)

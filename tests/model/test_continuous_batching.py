@@ -1,5 +1,6 @@
 """Continuous batching: each request as it is alone, whatever runs beside it and wherever its blocks lie."""
 
+import asyncio
 import contextlib
 import math
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConf
 from transformers.generation import utils as generation_utils
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import continuous_api, initialization, requests, scheduler
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
@@ -253,6 +255,34 @@ def test_requests_have_stop_strings_of_their_own(tokenizer):
         model.init_continuous_batching(decoding(), settings()).add_request([3, 4], stop_strings="x")
 
 
+@pytest.mark.parametrize("stop", [None, "never"])
+def test_nothing_of_a_cancelled_request_stays(tokenizer, stop):
+    """Whether it runs or waits: the library would keep the handler of a client that has gone."""
+    model, outputs = make_model(chunk_sizes=[4, 1], vocab_size=4096), []
+    manager = model.init_continuous_batching(decoding(), settings(max_requests_per_batch=1), tokenizer=tokenizer)
+
+    async def serve():
+        for name, new in (("runs", 1000), ("waits", 5)):
+            manager.register_result_handler(name, outputs.append)
+            manager.add_request(prompts((9,))[0], name, max_new_tokens=new, streaming=True, stop_strings=stop)
+        manager.start()
+        while len(outputs) < 3:
+            await asyncio.sleep(0.01)
+        for name in ("runs", "waits"):
+            manager.cancel_request(name)
+        manager.register_result_handler("last", outputs.append)
+        manager.add_request(prompts((7,))[0], "last", max_new_tokens=2)
+        while outputs[-1].request_id != "last":
+            await asyncio.sleep(0.01)
+
+    try:
+        asyncio.run(asyncio.wait_for(serve(), timeout=120))
+    finally:
+        manager.stop(block=True)
+    assert outputs[-1].generated_tokens == alone(model, prompts((7,))[0], 2)[0]
+    assert not manager.output_router.result_handlers and not manager.output_router.watched
+
+
 def test_a_dropped_request_still_stops(tokenizer):
     """In a cache for two requests and a little more, of which all have a stop string that the third comes to late."""
     model = make_model(chunk_sizes=[4, 2, 1], vocab_size=4096, seed=5)
@@ -331,7 +361,7 @@ def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
 def test_the_names_that_no_page_documents_are_there(owner):
     places = (continuous_api, requests, scheduler, generation_utils)
     (found,) = {getattr(place, owner) for place in places if hasattr(place, owner)}
-    known = {*dir(found), *getattr(found, "__dataclass_fields__", ())}
+    known = {*dir(OutputRouter() if owner == "OutputRouter" else found), *getattr(found, "__dataclass_fields__", ())}
     assert {*PRIVATE[owner]} <= known
 
 
