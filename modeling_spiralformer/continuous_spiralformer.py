@@ -43,7 +43,7 @@ from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid
 from .configuration_spiralformer import SpiralFormerConfig, processes_of
 from .paging_spiralformer import PagedState, PagedStep, kept_counts, plan_step
-from .request_attention_spiralformer import BY_REQUEST, RequestAttention
+from .request_attention_spiralformer import BY_REQUEST, RequestAttention, register_by_request
 from .stopping_spiralformer import StoppingRouter
 
 library_cache = sys.modules[PagedAttentionCache.__module__]
@@ -262,7 +262,7 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         usual = self._original_attn_impl or model.config._attn_implementation
         if usual in BY_REQUEST:
             self._original_attn_impl = usual
-            model.set_attn_implementation(BY_REQUEST[usual])
+            model.set_attn_implementation(register_by_request(usual))
 
     def _create_batch_processor(self):
         with these_blocks():

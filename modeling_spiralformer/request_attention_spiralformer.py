@@ -112,10 +112,16 @@ def attend_eager(module, query, key, value, attention_mask, dropout: float = 0.0
     return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-# The attention that layers have otherwise -> the one that they have while requests are batched.
-BY_REQUEST = {"sdpa": "sdpa_by_request", "eager": "eager_by_request"}
-for usual, attention in zip(BY_REQUEST, (attend_sdpa, attend_eager), strict=True):
-    AttentionInterface.register(BY_REQUEST[usual], attention)
-    AttentionMaskInterface.register(BY_REQUEST[usual], ALL_MASK_ATTENTION_FUNCTIONS[usual])
+# The attention that layers have otherwise -> that which they have while requests are batched, and its name.
+BY_REQUEST = {"sdpa": ("sdpa_by_request", attend_sdpa), "eager": ("eager_by_request", attend_eager)}
 
-__all__ = ["BY_REQUEST", "RequestAttention"]
+
+def register_by_request(usual: str) -> str:
+    """Makes the attention by request, in place of this one, known to the library. Returns its name."""
+    name, attention = BY_REQUEST[usual]
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+    return name
+
+
+__all__ = ["BY_REQUEST", "RequestAttention", "register_by_request"]

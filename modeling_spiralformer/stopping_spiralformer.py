@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 class StoppingRouter(OutputRouter):

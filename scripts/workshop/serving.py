@@ -7,7 +7,6 @@ import copy
 import dataclasses
 from typing import Any
 
-from fastapi import HTTPException
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager
 
@@ -30,6 +29,8 @@ def request_settings(generation: GenerationConfig, vocabulary: int) -> dict[str,
 
 def check_followed(model: Any, generation: GenerationConfig, tokenizer: Any) -> None:
     """Answers 422 to settings that continuous batching does not follow."""
+    from fastapi import HTTPException  # the server's own: `transformers[serving]`
+
     try:
         check_decoding(model, generation, tokenizer)
     except ValueError as error:
