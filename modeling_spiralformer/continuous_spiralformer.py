@@ -58,6 +58,7 @@ PRIVATE = {
     "RequestState": ("__post_init__", "initial_tokens", "max_new_tokens"),
     "GenerationOutput": ("prompt_ids", "generated_tokens", "lifespan", "status"),
     "OutputRouter": ("deliver", "deliver_batch", "result_handlers"),
+    "StopStringCriteria": ("maximum_token_len",),
     "GenerationMixin": ("_prepare_special_tokens", "_get_logits_processor"),
 }
 BUILDING = threading.Lock()

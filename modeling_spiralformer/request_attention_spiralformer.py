@@ -19,6 +19,8 @@ Shape letters: R requests, N new states of all requests, M states that they have
 state, H heads, U heads of keys and values, E size of a head.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -28,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 class RequestAttention:
     """What each new state of a flat batch attends to: the states of its request up to itself.
 
-    Layers take it in place of a mask, and hand it on to `attend_sdpa` or `attend_eager`. Requests with one new state
+    Layers take it in place of a mask, and hand it on to an attention of `by_request`. Requests with one new state
     are a batch, whose keys are padded to the longest; each other request is on its own.
 
     Args:
@@ -96,24 +98,26 @@ def attend(
     return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
 
 
-def attend_sdpa(module, query, key, value, attention_mask, dropout: float = 0.0, scaling=None, **kwargs):
-    """The attention of layers while requests are batched, in torch's fused kernel."""
-    if isinstance(attention_mask, RequestAttention):
-        return attention_mask(query, key, value, scaling, fused=True), None
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+def by_request(usual: str, fused: bool) -> Callable:
+    """An attention for layers while requests are batched, in torch's fused kernel or step by step.
 
+    Args:
+        usual: the library's attention, of calls that have a mask.
+    """
 
-def attend_eager(module, query, key, value, attention_mask, dropout: float = 0.0, scaling=None, **kwargs):
-    """The same, step by step."""
-    if isinstance(attention_mask, RequestAttention):
-        return attention_mask(query, key, value, scaling, fused=False), None
-    attention = ALL_ATTENTION_FUNCTIONS["paged|eager"]
-    return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        if isinstance(attention_mask, RequestAttention):
+            return attention_mask(query, key, value, scaling, fused), None
+        return ALL_ATTENTION_FUNCTIONS[usual](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    return attention
 
 
 # The attention that layers have otherwise -> that which they have while requests are batched, and its name.
-BY_REQUEST = {"sdpa": ("sdpa_by_request", attend_sdpa), "eager": ("eager_by_request", attend_eager)}
+BY_REQUEST = {
+    "sdpa": ("sdpa_by_request", by_request("sdpa", fused=True)),
+    "eager": ("eager_by_request", by_request("paged|eager", fused=False)),
+}
 
 
 def register_by_request(usual: str) -> str:

@@ -77,7 +77,9 @@ class StoppingRouter(OutputRouter):
         criteria, streaming = self.watched.get(output.request_id, (None, True))
         if criteria is None:
             return True
-        if not output.is_finished() and criteria(torch.tensor([output.prompt_ids + output.generated_tokens]), None):
+        seen = criteria.maximum_token_len  # the criteria look at no more: a long text costs no more than a short one
+        end = (output.prompt_ids[-seen:] + output.generated_tokens[-seen:])[-seen:]
+        if not output.is_finished() and criteria(torch.tensor([end]), None):
             output.status, output.lifespan = RequestStatus.FINISHED, (output.lifespan[0], time.perf_counter())
             self.cancel(output.request_id)
         if output.is_finished():

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from documents import ROOT
 from packaging import version
 from support import random_ids, small_model
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation import stopping_criteria
 from transformers.generation import utils as generation_utils
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import continuous_api, initialization, requests, scheduler
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
@@ -359,9 +361,10 @@ def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
 
 @pytest.mark.parametrize("owner", PRIVATE)
 def test_the_names_that_no_page_documents_are_there(owner):
-    places = (continuous_api, requests, scheduler, generation_utils)
+    places = (continuous_api, requests, scheduler, generation_utils, stopping_criteria)
     (found,) = {getattr(place, owner) for place in places if hasattr(place, owner)}
-    known = {*dir(OutputRouter() if owner == "OutputRouter" else found), *getattr(found, "__dataclass_fields__", ())}
+    set_by_itself = re.findall(r"self\.(\w+)", inspect.getsource(found))
+    known = {*dir(found), *getattr(found, "__dataclass_fields__", ()), *set_by_itself}
     assert {*PRIVATE[owner]} <= known
 
 
