@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 
 from workshop.evaluation import load
 from workshop.files import check_folder, write_json
-from workshop.molecules.judging import check_rdkit
-from workshop.molecules.measures import classes_of, measure
+from workshop.molecules.judging import check_rdkit, classes_of
+from workshop.molecules.measures import measure
 from workshop.molecules.passes import check_loop, errors_by_pass
 from workshop.molecules.pictures import draw_passes
 from workshop.molecules.rows import read_molecules

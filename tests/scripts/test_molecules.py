@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate_molecules
 import train_molecules
 from workshop.molecules import measures, passes, spelling
-from workshop.molecules.measures import NO_FCD, canonical, diversity, fingerprints, frechet, measure, share, spread
+from workshop.molecules.judging import canonical, share
+from workshop.molecules.measures import NO_FCD, diversity, fingerprints, frechet, measure, spread
 from workshop.molecules.passes import errors_by_pass, stopped, train_head, with_own_head
 from workshop.molecules.pictures import draw_passes
 from workshop.molecules.rows import make_rows

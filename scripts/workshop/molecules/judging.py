@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from scipy.stats import binomtest
 
+Figure = dict[str, float | list[float] | None]  # value and interval; None where there is nothing to measure
 # What becomes of a sample: the first that fits (`classify`).
 SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
 CONFIDENCE = 0.95
@@ -44,24 +45,53 @@ def classify(smiles: str) -> str:
     return "valence" if smiles and Chem.MolFromSmiles(smiles, sanitize=False) is not None else "other"
 
 
+def share(count: int, total: int) -> Figure:
+    """A share with its interval (Wilson); None of nothing."""
+    if total == 0:
+        return {"value": None, "interval": None}
+    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return {"value": count / total, "interval": [float(interval.low), float(interval.high)]}
+
+
+def classes_of(samples: Iterable[str]) -> dict[str, str]:
+    """The class of each different sample."""
+    check_rdkit()
+    from rdkit import rdBase
+
+    with rdBase.BlockLogs():  # a line for every sample that cannot be read
+        return {smiles: classify(smiles) for smiles in dict.fromkeys(samples)}
+
+
+def read_smiles(smiles: str):
+    """RDKit's molecule. Raises ValueError for a SMILES that it does not read."""
+    from rdkit import Chem
+
+    molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None:
+        raise ValueError(f"`train_file` must hold SMILES that RDKit reads, but got {smiles!r}.")
+    return molecule
+
+
+def canonical(molecules: Iterable[str]) -> set[str]:
+    """The spellings that RDKit gives them. Raises ValueError for one that it does not read."""
+    from rdkit import Chem
+
+    return {Chem.MolToSmiles(read_smiles(smiles)) for smiles in molecules}
+
+
 def judge(samples: Iterable[str]) -> dict:
     """
     Counts of samples: all, of each class, and of different molecules among the valid ones; the 95% interval (Wilson)
     of the valid share; RDKit's version.
     """
-    check_rdkit()
+    classes = classes_of(samples)
     import rdkit
-    from rdkit import Chem, rdBase
 
-    with rdBase.BlockLogs():  # a line for every sample that cannot be read
-        classes = {smiles: classify(smiles) for smiles in set(samples)}
-        molecules = {Chem.CanonSmiles(smiles) for smiles, kind in classes.items() if kind == "valid"}
     counts = Counter(classes[smiles] for smiles in samples)
-    interval = binomtest(counts["valid"], counts.total()).proportion_ci(CONFIDENCE, method="wilson")
     return {
         "count": counts.total(),
         **{kind: counts[kind] for kind in SAMPLE_CLASSES},
-        "valid_interval": [float(interval.low), float(interval.high)],
-        "unique": len(molecules),
+        "valid_interval": share(counts["valid"], counts.total())["interval"],
+        "unique": len(canonical(smiles for smiles, kind in classes.items() if kind == "valid")),
         "rdkit": rdkit.__version__,
     }

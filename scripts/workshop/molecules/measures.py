@@ -4,55 +4,19 @@ What molecules that a model wrote are worth beside the ones it was trained on: t
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from importlib.util import find_spec
 
 import numpy as np
 from scipy.linalg import eigh
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 from tqdm import tqdm
 
-from workshop.molecules.judging import CONFIDENCE, SAMPLE_CLASSES, check_rdkit, classify
-
-Figure = dict[str, float | list[float] | None]  # value and interval; None where there is nothing to measure
+from workshop.molecules.judging import CONFIDENCE, SAMPLE_CLASSES, Figure, canonical, classes_of, share
 
 FEWEST = 10  # molecules that the bootstrap draws from
 RADIUS, BITS = 2, 1024  # of Morgan's fingerprints
 ROWS_AT_ONCE = 1000
 NO_FCD = "not measured: the package fcd, which carries ChemNet's weights, is not installed"
-
-
-# -- shares -----------------------------------------------------------------------------------------------------------
-
-
-def share(count: int, total: int) -> Figure:
-    """A share with its interval (Wilson); None of nothing."""
-    if total == 0:
-        return {"value": None, "interval": None}
-    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
-    return {"value": count / total, "interval": [float(interval.low), float(interval.high)]}
-
-
-def classes_of(samples: Iterable[str]) -> dict[str, str]:
-    """The class of each different sample."""
-    check_rdkit()
-    from rdkit import rdBase
-
-    with rdBase.BlockLogs():  # a line for every sample that cannot be read
-        return {smiles: classify(smiles) for smiles in dict.fromkeys(samples)}
-
-
-def canonical(molecules: Iterable[str]) -> set[str]:
-    """The spellings that RDKit gives them. Raises ValueError for one that it does not read."""
-    from rdkit import Chem
-
-    found = set()
-    for smiles in molecules:
-        molecule = Chem.MolFromSmiles(smiles)
-        if molecule is None:
-            raise ValueError(f"`train_file` must hold SMILES that RDKit reads, but got {smiles!r}.")
-        found.add(Chem.MolToSmiles(molecule))
-    return found
 
 
 # -- diversity --------------------------------------------------------------------------------------------------------

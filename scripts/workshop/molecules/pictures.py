@@ -4,8 +4,7 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from workshop.molecules.judging import SAMPLE_CLASSES
-from workshop.molecules.measures import share
+from workshop.molecules.judging import SAMPLE_CLASSES, share
 from workshop.plotting import GREEN, GREY, ORANGE, PURPLE, VERMILION, add_legend, new_figure, save
 
 CLASS_COLOURS = dict(zip(SAMPLE_CLASSES, (GREEN, PURPLE, ORANGE, VERMILION, GREY), strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from workshop.molecules.judging import check_rdkit
+from workshop.molecules.judging import check_rdkit, read_smiles
 from workshop.tokenizers import split_smiles
 
 ATTEMPTS = 10
@@ -22,9 +22,7 @@ def spellings(smiles: str, count: int, known: set[str], longest: int, generator:
     """
     from rdkit import Chem
 
-    molecule = Chem.MolFromSmiles(smiles)
-    if molecule is None:
-        raise ValueError(f"`train_file` must hold SMILES that RDKit reads, but got {smiles!r}.")
+    molecule = read_smiles(smiles)
     atoms = list(range(molecule.GetNumAtoms()))
     for _ in range(count):
         for _ in range(ATTEMPTS):

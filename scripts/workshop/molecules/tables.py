@@ -1,7 +1,6 @@
 """Figures of sampled molecules as tables of text."""
 
-from workshop.molecules.judging import SAMPLE_CLASSES
-from workshop.molecules.measures import Figure, share
+from workshop.molecules.judging import SAMPLE_CLASSES, Figure, share
 from workshop.tables import plain_table
 
 WORDS = {
