@@ -328,13 +328,12 @@ def test_text_is_cut_into_sequences_without_special_tokens():
         cut_text(text, TOKENIZER, 2, 99999)
 
 
-def test_molecules_of_one_length_are_sequences(tmp_path):
+def test_molecules_of_one_length_are_sequences():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization" / "smiles")
-    path = tmp_path / "molecules.txt"
-    path.write_text("CCOC\nCCO\nCCCl\nC\nCBrC\nCCN\n")
-    assert choose_molecules(path, tokenizer, 3, 5).tolist() == tokenizer(["CCO", "CCCl", "CBrC"])["input_ids"]
+    molecules = ["CCOC", "CCO", "CCCl", "C", "CBrC", "CCN"]
+    assert choose_molecules(molecules, tokenizer, 3, 5).tolist() == tokenizer(["CCO", "CCCl", "CBrC"])["input_ids"]
     with pytest.raises(ValueError, match="`text` must hold 5 molecules of 5 tokens, but has 4"):
-        choose_molecules(path, tokenizer, 5, 5)
+        choose_molecules(molecules, tokenizer, 5, 5)
 
 
 # -- the script -------------------------------------------------------------------------------------------------------

@@ -217,13 +217,15 @@ def cut_text(text: str, tokenizer: PreTrainedTokenizerBase, sequences: int, leng
     return torch.tensor(ids[:needed]).view(sequences, length)
 
 
-def choose_molecules(path: str, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> torch.Tensor:
-    """The first molecules of a file that have `length` tokens, bos and eos among them, as ids `(sequences, length)`.
+def choose_molecules(
+    molecules: list[str], tokenizer: PreTrainedTokenizerBase, sequences: int, length: int
+) -> torch.Tensor:
+    """The first molecules that have `length` tokens, bos and eos among them, as ids `(sequences, length)`.
 
     Raises:
         `ValueError`: where there are too few.
     """
-    ids = tokenizer(read_molecules("text", path), verbose=False)["input_ids"]
+    ids = tokenizer(molecules, verbose=False)["input_ids"]
     found = [row for row in ids if len(row) == length][:sequences]
     if len(found) < sequences:
         raise ValueError(
@@ -332,14 +334,13 @@ def probe(
         length = min(LARGEST_DEFAULT_LENGTH, *(config.max_position_embeddings for config in configs.values()))
     for config in configs.values():  # before one of them takes its time and the other is refused
         check_length(config, length)
+    text = (read_molecules if smiles else read_text)("text", text_file)
+    choose = choose_molecules if smiles else cut_text
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     results = {"text": Path(text_file).name, "sequences": sequences, "length": length, "models": {}}
     for role, config in configs.items():
         tokenizer = load_tokenizer(paths[role], config, field=role)
-        if smiles:
-            ids = choose_molecules(text_file, tokenizer, sequences, length)
-        else:
-            ids = cut_text(read_text("text", text_file), tokenizer, sequences, length)
+        ids = choose(text, tokenizer, sequences, length)
         model = load_model(paths[role], config).to(device)
         results["models"][role] = {"checkpoint": Path(paths[role]).name, **collect(model, ids, batch_size)}
     return results
