@@ -7,7 +7,6 @@
 `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.benchmarks.measuring import full_grids, measure, small_grids, with_compiled
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
-from workshop.settings import check_counts
+from workshop.settings import check_counts, check_left_out
 
 
 @dataclass
@@ -50,10 +49,7 @@ class BenchmarkArguments:
             if self.full and self.device == "cpu":
                 raise ValueError("`device` must be an accelerator with `full`, but got 'cpu': that would take days.")
             return
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name not in ("plot", "results") and value != item.default:
-                raise ValueError(f"`{item.name}` must be left out with `results`, but got {value!r}.")
+        check_left_out(self, "results", "plot")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.benchmarks.batching import Workload, measure_batching, report_batching
 from workshop.benchmarks.models import ModelSize
 from workshop.files import check_file, read_text, write_json
-from workshop.settings import check_counts
+from workshop.settings import check_counts, check_left_out
 
 
 @dataclass
@@ -42,7 +42,10 @@ class BatchingArguments:
         check_counts(self, "width", "requests", "repeats", "threads")
         if self.width % 64:
             raise ValueError(f"`width` must be a multiple of 64, the size of a head, but got {self.width}.")
-        check_file("output", self.output)
+        if self.results is None:
+            check_file("output", self.output)
+        else:
+            check_left_out(self, "results")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -130,6 +130,14 @@ def check_counts(settings: object, *names: str) -> None:
             raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
 
 
+def check_left_out(settings: object, by: str, *kept: str) -> None:
+    """Refuses a value other than the default of every setting but these, since `by` is given and it has no effect."""
+    for item in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, item.name)
+        if item.name not in (by, *kept) and value != item.default:
+            raise ValueError(f"`{item.name}` must be left out with `{by}`, but got {value!r}.")
+
+
 def check_numbers(settings: object, **ranges: tuple[float, float]) -> None:
     """
     Raises ValueError where a number of a data class is not finite, or a named one is outside of its range, whose ends

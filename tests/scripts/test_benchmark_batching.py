@@ -46,6 +46,11 @@ def test_the_docs_show_the_table_of_the_samples():
     assert (RESULTS / "batching.md").read_text().endswith(report_batching(results) + "\n")
 
 
+def test_samples_that_are_there_take_no_other_settings():
+    with pytest.raises(ValueError, match="`width` must be left out with `results`, but got 64"):
+        BatchingArguments(results="runs/batching.json", width=64)
+
+
 @pytest.mark.parametrize("options", [{"width": 100}, {"requests": 0}, {"repeats": 0}], ids=str)
 def test_settings_that_cannot_be_are_refused(options):
     (name,) = options

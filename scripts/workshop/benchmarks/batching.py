@@ -5,6 +5,7 @@ Every round serves the same requests with each in turn; ratios are made within a
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -44,12 +45,20 @@ class Workload:
         return [([chosen.randrange(3, vocabulary) for _ in range(prompt)], new) for prompt, new in lengths]
 
 
-class Batched:
+@dataclass
+class Way:
+    """A way to serve requests, each a prompt and a count of new tokens, with a model."""
+
+    model: PreTrainedModel
+    workload: Workload
+    requests: list[tuple[list[int], int]]
+
+
+@dataclass
+class Batched(Way):
     """`generate_batch` by its manager, which gives every request its own count of new tokens."""
 
-    def __init__(self, model: PreTrainedModel, workload: Workload, requests: list[tuple[list[int], int]]):
-        self.model, self.workload, self.requests = model, workload, requests
-        self.block_bytes = 0.0
+    block_bytes: float = 0.0  # of a block of PAGE tokens, once requests were served
 
     def __call__(self) -> list[list[int]]:
         """The new tokens of each request."""
@@ -83,11 +92,8 @@ class Batched:
         return [texts[str(number)] for number in range(len(self.requests))]
 
 
-class Padded:
+class Padded(Way):
     """`generate()` on left-padded batches in the order of the requests; a batch ends with its longest text."""
-
-    def __init__(self, model: PreTrainedModel, workload: Workload, requests: list[tuple[list[int], int]]):
-        self.model, self.workload, self.requests = model, workload, requests
 
     def __call__(self) -> list[list[int]]:
         """The new tokens of each request, cut to what it asked for."""
@@ -160,14 +166,14 @@ def report_batching(results: dict) -> str:
     }
     rows = []
     for way, name in names.items():
-        median = sorted(seconds[way])[len(seconds[way]) // 2]
+        median = statistics.median(seconds[way])
         rate = [f"{workload['requests'] / median:.2f}", f"{tokens['new'] / median:.0f}"]
         rows.append([name, f"{median:.1f}", *rate, str(Ratio.of(seconds[way], seconds["batched"]))])
     costs = results["layer_equivalents"]
     ratio = costs[SPIRAL] / costs[plain]
     over = Ratio.of(seconds["batched"], seconds["plain batched"], ratio)
     held, promised = results["block_bytes"]["held"], results["block_bytes"]["keys and values"]
-    header = ["what", "seconds", "requests a second", "new tokens a second", "time over the first"]
+    header = ["what", "seconds, median", "requests a second", "new tokens a second", "time over the first"]
     where, width = results["machine"], results["size"]["width"]
     return "\n".join(
         [
