@@ -305,7 +305,8 @@ def test_requests_of_very_unequal_length():
     """One of one token beside one of 700, which comes in parts; and texts of one and of 120 new tokens."""
     model = make_model(chunk_sizes=[8, 4, 1])
     texts, new = prompts((1, 700, 2, 350)), (60, 1, 12, 2)
-    manager = model.init_continuous_batching(decoding(), settings(num_blocks=128, max_batch_tokens=64))
+    batching = settings(num_blocks=128, max_batch_tokens=64, return_logprobs=True)
+    manager = model.init_continuous_batching(decoding(), batching)
     manager.start()
     results = {}
     try:
@@ -317,7 +318,9 @@ def test_requests_of_very_unequal_length():
     finally:
         manager.stop(block=True)
     for number, (prompt, count) in enumerate(zip(texts, new, strict=True)):
-        assert results[str(number)].generated_tokens == alone(model, prompt, count)[0]
+        tokens, logprobs = alone(model, prompt, count)
+        assert results[str(number)].generated_tokens == tokens
+        assert (torch.tensor(results[str(number)].logprobs) - logprobs).abs().max() < 1e-4
 
 
 def test_blocks_hold_what_the_formula_says():
