@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from workshop.experiments.quantised import quantise_all, quantised_report
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
 from workshop.files import check_folder, write_json
+from workshop.molecules.quantising import check_torchao
 from workshop.settings import check_counts
 
 
@@ -32,6 +33,7 @@ class QuantisedArguments:
 def main(argv: list[str] | None = None) -> list[dict]:
     """The figures of each model: printed as tables, written into the folder, and returned."""
     asked, arguments = HfArgumentParser((TrainedArguments, QuantisedArguments)).parse_args_into_dataclasses(argv)
+    check_torchao()
     experiment, path, trained = load_trained(asked)
     folder = check_folder("output_dir", arguments.output_dir, ("quantised.json", "quantised.md"))
     results = quantise_all(trained, experiment.references, path, arguments.molecules, arguments.group_size)

@@ -204,7 +204,7 @@ def test_every_matrix_is_quantised_and_counted(workshop, name, way):
 
 
 def test_a_matrix_that_stays_as_it_was_is_an_error(workshop, monkeypatch):
-    monkeypatch.setattr(quantising, "quantize_", lambda model, config, filter_fn: None)
+    monkeypatch.setattr("torchao.quantization.quantize_", lambda model, config, filter_fn: None)
     with pytest.raises(ValueError, match="Every matrix but embeddings and head .* but model.prelude.0.attention"):
         quantise(trained_model(workshop, "spiral"), Weights(4))
 
@@ -264,6 +264,12 @@ def test_models_are_compared_on_the_same_molecules(workshop, tmp_path, capsys):
     assert change_cell(results[2]["ways"]["int4, rows"]["difference"]) in [row[3] for row in table]
     assert json.loads((tmp_path / "out" / "quantised.json").read_text())[3]["model"] == "hyperloop"
     assert change_cell({"value": 0.01, "interval": [-0.02, 0.04]}) == "+1.01 (-1.98 to +4.08)"
+
+
+def test_without_torchao_nothing_starts(workshop, monkeypatch):
+    monkeypatch.setattr(quantising, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "\.\[molecules\]"'):
+        compare_quantised.main(words(workshop))
 
 
 @pytest.mark.parametrize("name, value", [("group_size", "0"), ("molecules", "1")])

@@ -7,19 +7,24 @@ torchao's int4 kernels need an accelerator: these weights are int4 in their valu
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import norm
-from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
-from torchao.utils import TorchAOBaseTensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from workshop.molecules.judging import CONFIDENCE
 from workshop.molecules.training import row_losses
 
 ROWS_AT_ONCE = 256
+
+
+def check_torchao() -> None:
+    """Raises ImportError, with the remedy, where torchao is not installed."""
+    if find_spec("torchao") is None:
+        raise ImportError('Quantising needs torchao: pip install ".[molecules]".')
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Weights:
         """Bits and group in words."""
         return f"int{self.bits}, {'rows' if self.group_size is None else f'groups of {self.group_size}'}"
 
-    def config(self, grouped: bool) -> IntxWeightOnlyConfig:
+    def config(self, grouped: bool):
         """torchao's, for the layers whose rows the group size divides, or for the others."""
+        from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup
+
         granularity = PerGroup(self.group_size) if grouped else PerAxis(0)
         return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{self.bits}"), granularity=granularity)
 
@@ -53,6 +60,9 @@ def quantise(model: PreTrainedModel, weights: Weights) -> tuple[PreTrainedModel,
     Where the group size does not divide the inputs of a layer, each of its rows has one scale. Raises ValueError where
     a matrix other than embeddings and head stays as it was.
     """
+    from torchao.quantization import quantize_
+    from torchao.utils import TorchAOBaseTensor
+
     quantised, sizes = copy.deepcopy(model), {"quantised": 0, "grouped": 0}
     layers = linear_layers(quantised)
     fits = {
