@@ -46,7 +46,7 @@ setup(
             "trl>=1.16,<1.17",
         ],
         "eval": ["evaluate", "lm-eval[hf]>=0.4.13"],
-        "molecules": ["fcd", "rdkit", "scipy"],
+        "molecules": ["fcd", "rdkit", "scipy", "torchao"],
         "dev": [
             "codespell",
             "hypothesis",

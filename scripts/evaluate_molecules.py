@@ -13,13 +13,14 @@ from transformers import HfArgumentParser
 
 from workshop.evaluation import load
 from workshop.files import check_folder, write_json
+from workshop.molecules.hierarchy import hierarchy_figures, tally, tally_by_validity
 from workshop.molecules.judging import check_rdkit, classes_of
 from workshop.molecules.measures import measure
 from workshop.molecules.passes import check_loop, errors_by_pass
 from workshop.molecules.pictures import draw_passes
 from workshop.molecules.rows import read_molecules
 from workshop.molecules.sampling import sample
-from workshop.molecules.tables import figures_table, passes_table
+from workshop.molecules.tables import figures_table, hierarchy_table, passes_table
 from workshop.settings import LARGEST_SEED, check_counts, check_numbers
 
 
@@ -67,11 +68,12 @@ def main(argv: list[str]) -> dict:
     options = {name: getattr(arguments, name) for name in ("seed", "temperature", "top_k", "max_length")}
     samples = sample(model, tokenizer, arguments.samples, **options)
     figures = measure(samples, training, arguments.references, arguments.resamples, arguments.seed)
-    print(figures_table(figures, len(samples)))
-    results = {"settings": vars(arguments), "figures": figures}
+    classes = classes_of(samples)
+    hierarchy = hierarchy_figures(tally_by_validity(samples, classes), tally(training))
+    print(f"{figures_table(figures, len(samples))}\n\n{hierarchy_table(hierarchy)}")
+    results = {"settings": vars(arguments), "figures": figures, "hierarchy": hierarchy}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.csv", "w", encoding="utf-8", newline="") as file:
-        classes = classes_of(samples)
         csv.writer(file).writerows([("smiles", "class"), *((smiles, classes[smiles]) for smiles in samples)])
     if arguments.by_pass:
         options["count"] = arguments.pass_samples

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from workshop.files import check_folder, is_finite, write_json
-from workshop.probes.measures import probe
+from workshop.probes.measures import LOCAL_TOKENS, probe
 from workshop.probes.pictures import PICTURE_FILES, draw, report
 from workshop.settings import check_counts
 
@@ -30,12 +30,13 @@ class ProbeArguments:
         default=None, metadata={"help": "Tokens of a sequence. Default: max_position_embeddings, at most 1024."}
     )
     batch_size: int = field(default=4, metadata={"help": "Sequences in one forward pass."})
+    local_tokens: int = field(default=LOCAL_TOKENS, metadata={"help": "Tokens of the window of the local mass."})
     smiles: bool = field(
         default=False, metadata={"help": "The text is a molecule a line: those of `length` tokens are the sequences."}
     )
 
     def __post_init__(self):
-        check_counts(self, "sequences", "batch_size")
+        check_counts(self, "sequences", "batch_size", "local_tokens")
         if self.smiles and self.length is None:
             raise ValueError("`length` must be given with `smiles`: the tokens of a molecule, bos and eos included.")
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
     (arguments,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(argv)
     folder = check_folder("output_dir", arguments.output_dir, ("probes.json", "probes.md", *PICTURE_FILES))
     checkpoints = {"model": arguments.model, "control": arguments.control}
-    how = (arguments.sequences, arguments.length, arguments.batch_size, arguments.smiles)
+    how = (arguments.sequences, arguments.length, arguments.batch_size, arguments.smiles, arguments.local_tokens)
     results = probe(checkpoints, arguments.text, *how)
     table = report(results)
     print(table)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from workshop.experiments.hierarchy import Hierarchy
 from workshop.experiments.molecules_report import molecules_report
-from workshop.experiments.pictures import Picture, pictures, scaling_picture
+from workshop.experiments.pictures import Picture, hierarchy_pictures, pictures, scaling_picture
 from workshop.experiments.plan import load_experiment
 from workshop.experiments.report import report
 from workshop.experiments.results import ExperimentResults
@@ -30,6 +31,10 @@ class ReportArguments:
     )
     runs: str = field(
         default=str(ROOT / "docs" / "results" / "runs.jsonl"), metadata={"help": "Lines of the finished runs."}
+    )
+    hierarchy: str = field(
+        default=str(ROOT / "docs" / "results" / "molecules_hierarchy.jsonl"),
+        metadata={"help": "What `tally_samples.py` counted in the samples of runs on molecules."},
     )
     output_dir: str = field(
         default=str(ROOT / "docs" / "results"), metadata={"help": "Folder for the Markdown and PNG files."}
@@ -49,14 +54,16 @@ def main(arguments: ReportArguments) -> None:
     check_text_file("runs", arguments.runs)
     if not arguments.check:
         check_folder("output_dir", folder, [f"{Path(path).stem}.md" for path in arguments.experiments])
-    lines = read_lines(arguments.runs)
+    lines, hierarchy = read_lines(arguments.runs), Hierarchy.load(arguments.hierarchy)
     everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
     texts: dict[Path, str] = {}
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
-        own = pictures(results)
-        write = molecules_report if results.report == "molecules" else report
-        texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
+        own = pictures(results) + hierarchy_pictures(results, hierarchy)
+        shown = {picture.file: picture.shows for picture in own}
+        of_molecules = results.report == "molecules"
+        text = molecules_report(results, shown, hierarchy) if of_molecules else report(results, shown)
+        texts[folder / f"{results.name}.md"] = text
         drawn += own
     if arguments.check:
         if stale := stale_files(texts):

@@ -232,7 +232,7 @@ def test_a_cache_is_no_part_of_an_exported_program():
 
 def test_the_commands_of_the_page_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    (command,) = commands("docs/deployment.md")
+    command, _ = commands("docs/deployment.md")  # the other one: test_trained_models.py
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "examples/quantise.py")
     config = SpiralFormerConfig.from_pretrained(ROOT / "configuration" / "tiny")

@@ -154,7 +154,7 @@ def test_no_command_has_the_name_of_a_library():
 
 # Packages that a command imports only where its work needs them, and the extra that README names for them.
 SERVER = "fastapi"  # of `transformers[serving]`, which the README asks for
-ON_DEMAND = {"fcd": "molecules", "lm_eval": "eval", "rdkit": "molecules"}
+ON_DEMAND = {"fcd": "molecules", "lm_eval": "eval", "rdkit": "molecules", "torchao": "molecules"}
 
 
 def third_party(command: Path) -> dict[str, bool]:

@@ -287,6 +287,11 @@ def test_the_commands_of_the_page(data, tmp_path):
     assert len(rows) == 40 and set(rows[0]) == {"smiles", "class"}
     valid = sum(row["class"] == "valid" for row in rows)
     assert valid / 40 == results["figures"]["valid"]["value"]
+    for found in results["hierarchy"].values():
+        assert sum(figure["samples"] for figure in found.values()) == 40
+        assert sum(figure["samples"] * (figure["valid"]["value"] or 0) for figure in found.values()) == pytest.approx(
+            valid
+        )
     assert (tmp_path / "runs" / "molecules_evaluation" / "passes.png").is_file()
 
 

@@ -8,6 +8,7 @@ from experiment_lines import LOOPED, PLAIN, SPIRAL_B, MadeUpExperiment, looped, 
 from test_report import cells, section
 
 from workshop.experiments import pictures
+from workshop.experiments.hierarchy import Hierarchy
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.results import MOLECULE_FIELDS, ExperimentResults
 
@@ -31,7 +32,7 @@ def lines(nats: dict = NATS) -> list[dict]:
 
 
 def write(found: list[dict]) -> str:
-    return molecules_report(ExperimentResults.gather(experiment(), found), {})
+    return molecules_report(ExperimentResults.gather(experiment(), found), {}, Hierarchy({}, {}))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_every_prefix_of_a_store_gives_a_report_and_pictures(tmp_path):
     found = [*found[::3], *found[1::3], *found[2::3], make_line("other", "gpt-neox", 0, 0.004, 2.0)]
     for count in range(len(found) + 1):
         results = ExperimentResults.gather(experiment(), found[:count])
-        text = molecules_report(results, {})
+        text = molecules_report(results, {}, Hierarchy({}, {}))
         assert all(text.count(f"\n| {name} |") >= 3 for name in MODELS)
         assert len(pictures.pictures(results)) == (len(results.measured) > 0)
     assert "All 9 runs finished." in text and "Nats per token on validation molecules with seed 0" in text

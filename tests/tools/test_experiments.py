@@ -100,7 +100,7 @@ def test_committed_experiments_are_matched(path):
 
 def test_the_commands_of_the_page_take_every_experiment_and_every_line():
     """Not carried out: they take hours. The reports themselves are checked in test_report.py."""
-    run, report = commands("docs/experiments.md")
+    run, report, _ = commands("docs/experiments.md")  # the third one: test_hierarchy.py
     assert report == "make results"
     dry = subprocess.run([*run.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"scripts/experiments/{path.name}" in dry for path in EXPERIMENTS) and '--data_dir "data"' in dry

@@ -19,6 +19,7 @@ from modeling_spiralformer import SpiralFormerConfig
 from train_smiles_tokenizer import SmilesTokenizerArguments
 from train_smiles_tokenizer import main as write_tokenizer
 from workshop.experiments import runner as experiment_runner
+from workshop.experiments.hierarchy import Hierarchy
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.plan import Experiment, load_experiment
 from workshop.experiments.results import ExperimentResults
@@ -398,5 +399,5 @@ def test_the_runner_sweeps_shortly_and_then_trains(data_dir, tmp_path, monkeypat
         assert line["learning_rate"] == plan.chosen_rate(name, lines) and line["samples"]["count"] == 12
         assert line["kv_bytes_per_token"] > 0 and line["decode_layer_equivalents"] > 2
         assert sum(line["samples"][kind] for kind in SAMPLE_CLASSES) == 12
-    text = molecules_report(ExperimentResults.gather(plan, lines), {})
+    text = molecules_report(ExperimentResults.gather(plan, lines), {}, Hierarchy({}, {}))
     assert "All 2 runs finished." in text and "Runs of" in text

@@ -99,6 +99,7 @@ def test_one_key_has_no_entropy():
 
 def test_the_window_is_32_tokens_in_latents_rounded_up():
     assert [local_window(size) for size in (1, 2, 3, 8, 32, 64)] == [32, 16, 11, 4, 1, 1]
+    assert [local_window(size, 9) for size in (1, 2, 4, 8, 16)] == [9, 5, 3, 2, 1]
 
 
 def test_dynamic_heads_have_the_largest_range():
@@ -404,6 +405,36 @@ def test_table_json_and_pictures_hold_what_was_found(checkpoints, text_file, tmp
         assert picture.startswith(b"\x89PNG") and (tmp_path / "redrawn" / name).read_bytes() == picture
 
 
+def test_another_window_moves_the_local_mass_alone(checkpoints, text_file, capsys):
+    how = ("--length", "64", "--local_tokens", "8")
+    narrow = probe.main(arguments(checkpoints, text_file, *how))
+    assert "local: the last 8 tokens." in capsys.readouterr().out
+    wide = probe.main(arguments(checkpoints, text_file, "--length", "64"))
+    assert (narrow["local_tokens"], wide["local_tokens"]) == (8, 32)
+    found = [results["models"]["model"] for results in (narrow, wide)]
+    assert [probed["windows"] for probed in found] == [[1, 2, 4, 8], [4, 8, 16, 32]]
+    entropies, masses = ([probed["metrics"][name] for probed in found] for name in METRICS)
+    assert entropies[0] == entropies[1]
+    model = SpiralFormerForCausalLM.from_pretrained(checkpoints["my_model"], attn_implementation="eager").eval()
+    with torch.no_grad():
+        attention = model(cut_text(TEXT, TOKENIZER, 3, 64), use_cache=False, output_attentions=True).attentions
+    core = attention[model.config.num_prelude_layers :][: 4 * model.config.num_core_layers]
+    last = local_attention_mass(core[-1], 8).mean(dim=0).tolist()
+    assert masses[0]["values"][-1][-1] == pytest.approx(last, abs=1e-5)
+    assert masses[0]["uniform"][-1] == pytest.approx(local_attention_mass(uniform_attention(64), 8).item())
+
+
+def test_changes_are_counted_head_by_head_and_beside_uniform_attention():
+    entropy = {"values": [[[0.9, 0.8, 0.5]], [[0.0, 0.0, 0.0]], [[0.7, 0.85, 0.58]]], "uniform": [0.8, 0.0, 0.9]}
+    mass = {"values": [[[0.1, 0.2, 0.3]], [[0.9, 0.9, 0.9]], [[0.4, 0.25, 0.2]]], "uniform": [0.3, 0.0, 0.4]}
+    metrics = [metric | {"dynamic_heads": [(0, 0)]} for metric in (entropy, mass)]
+    table = plot_probes.change_table({"mine": {"metrics": dict(zip(METRICS, metrics, strict=True))}})
+    cells = [cell.strip() for cell in table.splitlines()[-1].split("|")[1:-1]]
+    # Entropies change by -0.2, 0.05 and 0.08, uniform attention's by 0.1; masses by 0.3, 0.05 and -0.1, and 0.1.
+    assert cells[:5] == ["mine", "+0.050", "+0.100", "1 of 3", "3 of 3"]
+    assert cells[5:] == ["+0.050", "+0.100", "2 of 3", "1 of 3"]
+
+
 def test_pictures_show_every_iteration_head_and_block(checkpoints, text_file):
     control = ("--control", str(checkpoints["my_control"]), "--length", "64")
     results = probe.main(arguments(checkpoints, text_file, *control))
@@ -485,7 +516,7 @@ def test_the_table_of_the_page_is_that_of_uniform_attention():
 
 
 def test_the_script_runs_as_the_page_says(workplace, checkpoints):
-    (command,) = commands("docs/probes.md")
+    command, _ = commands("docs/probes.md")  # the other one: test_trained_models.py
     for name, folder in checkpoints.items():
         (workplace / name).symlink_to(folder)
     words = shlex.split(command)

@@ -2,6 +2,8 @@
 
 from scipy.stats import binomtest
 
+from workshop.experiments.hierarchy import Hierarchy
+from workshop.experiments.hierarchy_report import hierarchy_section
 from workshop.experiments.report import (
     NOTHING,
     bits_cell,
@@ -111,11 +113,13 @@ def sweep_budget(results: ExperimentResults) -> str:
     return f"Runs of {' or '.join(f'{count:,}' for count in tokens)} tokens. " if tokens else ""
 
 
-def molecules_report(results: ExperimentResults, pictures: dict[str, str]) -> str:
+def molecules_report(results: ExperimentResults, pictures: dict[str, str], hierarchy: Hierarchy) -> str:
     """A whole report; `pictures` are file name -> what it shows."""
     tables = {
         "Results": [READING, results_table(results)],
         "Costs": [COSTS, costs_table(results)],
         "Differences": [differences(results)],
     }
+    if section := hierarchy_section(results, hierarchy):
+        tables["Rings and branches"] = section
     return join_report(results, pictures, tables, sweep_budget(results))

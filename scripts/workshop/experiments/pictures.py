@@ -8,7 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from workshop.experiments.hierarchy import Hierarchy, pooled
 from workshop.experiments.results import TEXTS, ExperimentResults, ModelResults
+from workshop.molecules.hierarchy import COUNTED, Tally, binned, bins
+from workshop.molecules.judging import share
 from workshop.molecules.pictures import CLASS_COLOURS
 from workshop.plotting import (
     BLACK,
@@ -102,6 +105,35 @@ def draw_molecules(results: ExperimentResults, path: Path) -> None:
     bars.set(xlabel="samples", xlim=(0, 1))
     bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(CLASS_COLOURS), frameon=False)
     add_legend(figure, points)
+    save(figure, path)
+
+
+def draw_hierarchy(results: ExperimentResults, hierarchy: Hierarchy, training: Tally, path: Path) -> None:
+    """
+    Over ring bonds and over depth of branches the valid share of each model with its interval (Wilson), side by side,
+    and below how much of the samples is in each bin; bars: the training molecules.
+    """
+    figure, axes = new_figure(12, 7.5, 2, 2, grid=True, sharey="row", sharex="col")
+    read = {model.name: runs for model in results.models if (runs := hierarchy.of(model))}
+    for (above, below), (name, words) in zip(axes.T, COUNTED.items(), strict=True):
+        known = np.array(binned([training], name))
+        below.bar(range(len(known)), known / known.sum(), color=GREY, alpha=0.35)
+        places = np.linspace(-0.3, 0.3, len(read)) if len(read) > 1 else [0.0]
+        for place, (model, runs) in zip(places, read.items(), strict=True):
+            (colour, marker), counts = style_of(model), np.array(pooled(runs, name))
+            valid = [(bin_, share(int(v), int(n))) for bin_, (v, n) in enumerate(counts) if n]
+            x, values = [bin_ + place for bin_, _ in valid], np.array([figure["value"] for _, figure in valid])
+            errors = np.abs(np.array([figure["interval"] for _, figure in valid]).T - values)
+            look = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "none"}
+            above.errorbar(x, values, errors, capsize=2, lw=1.2, label=model, **look)
+            below.plot(np.arange(len(counts)) + place, counts[:, 1] / counts[:, 1].sum(), **look)
+        below.set_xticks(range(len(known)), bins(name))
+        below.set_xlabel(words)
+    for panels, label in zip(axes, ("valid", "samples; grey: training molecules"), strict=True):
+        panels[0].yaxis.set_major_formatter(PercentFormatter(1))
+        panels[0].set_ylabel(label)
+    axes[0, 0].set_ylim(0, 1)
+    add_legend(figure, axes[0, 0])
     save(figure, path)
 
 
@@ -227,6 +259,22 @@ def pictures(results: ExperimentResults) -> list[Picture]:
     return [
         Picture(f"{name}.png", f"{costs}: mean and standard error", lambda path: draw_costs(results, path)),
         Picture(f"{name}_curves.png", curves, lambda path: draw_curves(results, path)),
+    ]
+
+
+def hierarchy_pictures(results: ExperimentResults, hierarchy: Hierarchy) -> list[Picture]:
+    """The picture of rings and branches, where samples of finished runs on molecules were read; else none."""
+    read = [line for model in results.models if hierarchy.of(model) for line in model.runs.values()]
+    if not read:
+        return []
+    training = hierarchy.training[read[0]["text"]["train"]["sha256"]]
+    shows = (
+        "Valid samples over ring bonds and over depth of branches, with 95% intervals, and how many samples have them"
+    )
+    return [
+        Picture(
+            f"{results.name}_hierarchy.png", shows, lambda path: draw_hierarchy(results, hierarchy, training, path)
+        )
     ]
 
 

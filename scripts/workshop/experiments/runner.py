@@ -4,7 +4,6 @@ It can be killed at any moment and started again: finished runs are skipped, oth
 """
 
 import hashlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from workshop.data import load_file
 from workshop.experiments.plan import Experiment, Run
 from workshop.experiments.run import train_run
-from workshop.experiments.store import append_line, losses, read_lines
+from workshop.experiments.store import append_line, losses, read_lines, text_folder
 from workshop.molecules.judging import check_rdkit
 from workshop.molecules.rows import read_molecules
 from workshop.provenance import machine
@@ -161,9 +160,8 @@ class Runner:
             check_same_text(self.text[item.name], self.lines, item)
 
     def folder(self, experiment: str) -> Path:
-        """Where its runs are kept: one folder for each text, told by its digests, so that none goes on on another."""
-        text = json.dumps(self.text[experiment], sort_keys=True)
-        return self.runs_dir / hashlib.sha256(text.encode()).hexdigest()[:8]
+        """Where its runs are kept."""
+        return text_folder(self.runs_dir, self.text[experiment])
 
     def pending(self) -> tuple[dict[str, Run], dict[str, Run]]:
         """Runs that can start, and those that wait for a sweep, by key, in order and each once."""

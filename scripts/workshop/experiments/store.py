@@ -1,5 +1,6 @@
 """The lines of finished runs, one JSON object each: read, appended, mended after a kill in mid-line."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -58,3 +59,13 @@ def drop_torn_line(path: str | Path) -> str:
 def losses(line: dict) -> dict[str, float | None]:
     """Text -> loss of a finished run: nats per token of molecules, else bits per byte; None where it diverged."""
     return line["nats_per_token" if "nats_per_token" in line else "bits_per_byte"]
+
+
+def text_folder(runs_dir: str | Path, text: dict) -> Path:
+    """Where runs on a text are kept: one folder for each, told by its digests, so that none goes on on another."""
+    return Path(runs_dir) / hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_folder(runs_dir: str | Path, line: dict) -> Path:
+    """Where the model of a finished run is."""
+    return text_folder(runs_dir, line["text"]) / line["key"]

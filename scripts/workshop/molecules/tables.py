@@ -1,5 +1,6 @@
 """Figures of sampled molecules as tables of text."""
 
+from workshop.molecules.hierarchy import COUNTED
 from workshop.molecules.judging import SAMPLE_CLASSES, Figure, share
 from workshop.tables import plain_table
 
@@ -44,3 +45,15 @@ def passes_table(rows: list[dict]) -> str:
         found = {kind: cell(share(row[kind], row["count"]), percent=True) for kind in SAMPLE_CLASSES}
         table.append((row["head"], str(row["passes"]), *(value for value, _ in found.values()), found["valid"][1]))
     return plain_table(table)
+
+
+def hierarchy_table(figures: dict[str, dict]) -> str:
+    """A row a bin: how much of the training molecules and of the samples is in it, and how many of these are valid."""
+    parts = []
+    for name, found in figures.items():
+        rows = [(COUNTED[name], "of training", "of samples", "samples", "valid", "95% interval")]
+        for label, figure in found.items():
+            shares = [cell(figure[part], percent=True)[0] for part in ("training", "of_samples")]
+            rows.append((label, *shares, str(figure["samples"]), *cell(figure["valid"], percent=True)))
+        parts.append(plain_table(rows))
+    return "\n\n".join(parts)

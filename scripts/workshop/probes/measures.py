@@ -29,7 +29,7 @@ from workshop.tables import config_schedule
 
 ENTROPY, LOCAL_MASS = METRICS = ("key-marginal entropy", "local attention mass")
 LARGEST_DEFAULT_LENGTH = 1024
-LOCAL_TOKENS = 32  # what the local window spans, in tokens of the text
+LOCAL_TOKENS = 32  # what the paper's local window spans, in tokens of the text
 DYNAMIC_SHARE = 0.4  # of all heads
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -55,9 +55,9 @@ def key_marginal_entropy(attention: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(marginal).sum(dim=-1) / math.log(keys)
 
 
-def local_window(chunk_size: int) -> int:
-    """M = ceil(32 r): how many latents of resolution r = 1 / g make the window of 32 tokens."""
-    return math.ceil(LOCAL_TOKENS / chunk_size)
+def local_window(chunk_size: int, local_tokens: int = LOCAL_TOKENS) -> int:
+    """M = ceil(32 r): how many latents of resolution r = 1 / g make the window of 32 tokens, or of another number."""
+    return math.ceil(local_tokens / chunk_size)
 
 
 def local_attention_mass(attention: torch.Tensor, window: int) -> torch.Tensor:
@@ -75,9 +75,9 @@ def local_attention_mass(attention: torch.Tensor, window: int) -> torch.Tensor:
     return (attention * band).sum(dim=-1).mean(dim=-1)
 
 
-def measure(attention: torch.Tensor, chunk_size: int) -> torch.Tensor:
+def measure(attention: torch.Tensor, chunk_size: int, local_tokens: int = LOCAL_TOKENS) -> torch.Tensor:
     """Both metrics of the attention `(..., K, K)` of a level, in the order of `METRICS`: `(2, ...)`."""
-    mass = local_attention_mass(attention, local_window(chunk_size))
+    mass = local_attention_mass(attention, local_window(chunk_size, local_tokens))
     return torch.stack([key_marginal_entropy(attention), mass])
 
 
@@ -150,7 +150,7 @@ class Recording:
 
 
 @contextmanager
-def recorded(model: PreTrainedModel) -> Iterator[Recording]:
+def recorded(model: PreTrainedModel, local_tokens: int = LOCAL_TOKENS) -> Iterator[Recording]:
     """Records the one forward pass that runs inside; afterwards, errors or not, the model is as it was.
 
     Attention is measured where it arises and dropped: held for all layers, it would take most of the memory.
@@ -164,7 +164,7 @@ def recorded(model: PreTrainedModel) -> Iterator[Recording]:
 
     def record_heads(attention, inputs, outputs):
         iteration = len(recording.heads) // config.num_core_layers
-        recording.heads.append(measure(outputs[1], config.chunk_sizes[iteration]))
+        recording.heads.append(measure(outputs[1], config.chunk_sizes[iteration], local_tokens))
 
     def record_coda(norm, inputs):
         (recording.coda,) = inputs
@@ -255,7 +255,9 @@ def check_length(config: SpiralFormerConfig, length: int) -> None:
         )
 
 
-def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> dict:
+def collect(
+    model: PreTrainedModel, sequences: torch.Tensor, batch_size: int, local_tokens: int = LOCAL_TOKENS
+) -> dict:
     """Probes a looped model on token ids `(sequences, L)`, without padding or cache.
 
     Returns:
@@ -273,7 +275,7 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
     heads, updates, routers = [], [], []
     with eager_evaluation(model), torch.no_grad():
         for batch in tqdm(sequences.split(batch_size), desc="probing", unit="batch"):
-            with recorded(model) as recording:
+            with recorded(model, local_tokens) as recording:
                 model.base_model(input_ids=batch.to(model.device), use_cache=False)
             heads.append(torch.stack(recording.heads, dim=2).cpu())
             updates.append({name: size.cpu() for name, size in recording.updates(config).items()})
@@ -283,13 +285,14 @@ def collect(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) ->
     # (2, sequences, T * N, H) as `[metric][sequence][iteration][core layer][head]`
     samples = torch.cat(heads, dim=1).double().unflatten(2, (config.num_iterations, config.num_core_layers))
     counts = [grid.num_filled(sequences.shape[1]) for grid in ChunkGrid.of(config)]
-    uniform = [measure(uniform_attention(k), g).tolist() for k, g in zip(counts, config.chunk_sizes, strict=True)]
+    levels = zip(counts, config.chunk_sizes, strict=True)
+    uniform = [measure(uniform_attention(k), g, local_tokens).tolist() for k, g in levels]
     return {
         "schedule": config_schedule(config),
         "topology": config.topology,
         "chunk_sizes": list(config.chunk_sizes),
         "latents": counts,
-        "windows": [local_window(size) for size in config.chunk_sizes],
+        "windows": [local_window(size, local_tokens) for size in config.chunk_sizes],
         "metrics": {
             name: describe_metric(metric, [level[index] for level in uniform])
             for index, (name, metric) in enumerate(zip(METRICS, samples, strict=True))
@@ -317,6 +320,7 @@ def probe(
     length: int | None,
     batch_size: int,
     smiles: bool = False,
+    local_tokens: int = LOCAL_TOKENS,
 ) -> dict:
     """
     What was asked and what `collect` found, for each checkpoint that is named, on the same text.
@@ -337,10 +341,14 @@ def probe(
     text = (read_molecules if smiles else read_text)("text", text_file)
     choose = choose_molecules if smiles else cut_text
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    results = {"text": Path(text_file).name, "sequences": sequences, "length": length, "models": {}}
+    results = {"text": Path(text_file).name, "sequences": sequences, "length": length, "local_tokens": local_tokens}
+    results["models"] = {}
     for role, config in configs.items():
         tokenizer = load_tokenizer(paths[role], config, field=role)
         ids = choose(text, tokenizer, sequences, length)
         model = load_model(paths[role], config).to(device)
-        results["models"][role] = {"checkpoint": Path(paths[role]).name, **collect(model, ids, batch_size)}
+        results["models"][role] = {
+            "checkpoint": Path(paths[role]).name,
+            **collect(model, ids, batch_size, local_tokens),
+        }
     return results

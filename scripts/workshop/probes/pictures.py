@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from workshop.plotting import BLUE, VERMILION, new_figure, save
-from workshop.probes.measures import METRICS
+from workshop.probes.measures import ENTROPY, METRICS
 from workshop.tables import format_resolution, markdown_table
 
 COLOURS = {"model": BLUE, "control": VERMILION}
@@ -56,6 +56,28 @@ def metric_table(models: dict[str, dict]) -> str:
     return markdown_table(header, rows)
 
 
+def change_table(models: dict[str, dict]) -> str:
+    """
+    From the first to the last iteration: the median change of a head and that of uniform attention, how many heads
+    change as the paper says (entropy falls, local mass rises), and how many do so by more than uniform attention.
+    """
+    header = [""]
+    for name in METRICS:
+        verb = "fall" if name == ENTROPY else "rise"
+        header += [f"{name}: median head", "uniform attention", f"heads that {verb}", "beyond uniform"]
+    rows = []
+    for role, probed in models.items():
+        row = [role]
+        for name in METRICS:
+            metric, sign = probed["metrics"][name], -1 if name == ENTROPY else 1
+            heads, _ = heads_by_iteration(metric)
+            change, uniform = heads[-1] - heads[0], metric["uniform"][-1] - metric["uniform"][0]
+            claimed = [np.sum(sign * change > 0), np.sum(sign * (change - uniform) > 0)]
+            row += [f"{np.median(change):+.3f}", f"{uniform:+.3f}", *(f"{n} of {len(change)}" for n in claimed)]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
 def update_table(models: dict[str, dict]) -> str:
     """The relative update of every block."""
     rows = [
@@ -81,11 +103,13 @@ def router_table(models: dict[str, dict]) -> str:
 
 def report(results: dict) -> str:
     """What was probed, and the tables, as Markdown."""
-    lines = [f"{results['sequences']} sequences of {results['length']} tokens from `{results['text']}`."]
+    lines = [f"{subtitle(results)} from `{results['text']}`; local: the last {results['local_tokens']} tokens."]
     lines += [f"{title(role, probed)}, `{probed['checkpoint']}`." for role, probed in results["models"].items()]
     parts = ["\n".join(f"- {line}" for line in lines)]
     parts.append("Median over heads, each the mean over sequences; the dynamic heads of each metric are its own:")
     parts.append(metric_table(results["models"]))
+    parts.append("From the first iteration to the last, head by head:")
+    parts.append(change_table(results["models"]))
     parts += ["||out - in|| / ||in||, the mean over tokens and sequences:", update_table(results["models"])]
     if any(probed["routers"] is not None for probed in results["models"].values()):
         parts.append("What MeSH reads in each cycle, and entropies of its routers, means over tokens and sequences:")

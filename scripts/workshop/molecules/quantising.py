@@ -1,0 +1,138 @@
+"""
+What int8 and int4 weights do to a model of molecules: its loss on the same molecules before and after, paired.
+
+torchao's int4 kernels need an accelerator: these weights are int4 in their values, each in a byte, on every device.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import norm
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+
+from workshop.molecules.judging import CONFIDENCE
+from workshop.molecules.training import row_losses
+
+ROWS_AT_ONCE = 256
+
+
+def check_torchao() -> None:
+    """Raises ImportError, with the remedy, where torchao is not installed."""
+    if find_spec("torchao") is None:
+        raise ImportError('Quantising needs torchao: pip install ".[molecules]".')
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights are quantised: their bits, and how many in a row share a scale; None: all of a row."""
+
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Bits and group in words."""
+        return f"int{self.bits}, {'rows' if self.group_size is None else f'groups of {self.group_size}'}"
+
+    def config(self, grouped: bool):
+        """torchao's, for the layers whose rows the group size divides, or for the others."""
+        from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup
+
+        granularity = PerGroup(self.group_size) if grouped else PerAxis(0)
+        return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{self.bits}"), granularity=granularity)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """All linear layers but the head, which is as a rule the embeddings."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in found.items() if module is not model.get_output_embeddings()}
+
+
+def quantise(model: PreTrainedModel, weights: Weights) -> tuple[PreTrainedModel, dict[str, float]]:
+    """
+    A quantised copy, and shares of all parameters: `quantised`, and `grouped`, those with scales of `group_size`.
+
+    Where the group size does not divide the inputs of a layer, each of its rows has one scale. Raises ValueError where
+    a matrix other than embeddings and head stays as it was.
+    """
+    from torchao.quantization import quantize_
+    from torchao.utils import TorchAOBaseTensor
+
+    quantised, sizes = copy.deepcopy(model), {"quantised": 0, "grouped": 0}
+    layers = linear_layers(quantised)
+    fits = {
+        name: weights.group_size is not None and layer.in_features % weights.group_size == 0
+        for name, layer in layers.items()
+    }
+    for grouped in set(fits.values()):
+
+        def chosen(module: torch.nn.Module, name: str, grouped: bool = grouped) -> bool:
+            return fits.get(name) is grouped
+
+        quantize_(quantised, weights.config(grouped), filter_fn=chosen)
+    kept = {quantised.get_input_embeddings().weight, quantised.get_output_embeddings().weight}
+    for name, weight in quantised.named_parameters():
+        if weight.ndim > 1 and weight not in kept and not isinstance(weight, TorchAOBaseTensor):
+            raise ValueError(f"Every matrix but embeddings and head must be quantised, but {name} is not.")
+    for name, layer in layers.items():
+        sizes["quantised"] += layer.weight.numel()
+        sizes["grouped"] += layer.weight.numel() * fits[name]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return quantised, {name: size / total for name, size in sizes.items()}
+
+
+@torch.no_grad()
+def molecule_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> np.ndarray:
+    """Summed loss in nats and count of the predicted tokens of each row `(rows, 2)`."""
+    collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
+        labels = batch.pop("labels")
+        found.append(row_losses(model(**batch.to(model.device), use_cache=False).logits.cpu(), labels))
+    return torch.cat(found).double().numpy()
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> dict[str, float | list[float]]:
+    """
+    A sum over molecules per token, with its 95% interval over draws of molecules: a ratio of two means, whose error is
+    that of the mean of what each molecule is above its share.
+    """
+    value = sums.sum() / counts.sum()
+    above = sums - value * counts
+    half = norm.ppf((1 + CONFIDENCE) / 2) * above.std(ddof=1) * np.sqrt(len(sums)) / counts.sum()
+    return {"value": float(value), "interval": [float(value - half), float(value + half)]}
+
+
+def compare_quantised(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    ways: list[Weights],
+    done: Callable[[], object],
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """
+    Nats per token before and after each way of quantising, the difference with its interval, and the shares of the
+    parameters; and for each way what each molecule gained in nats.
+
+    Args:
+        done: is called after each evaluation.
+    """
+    before = molecule_losses(model, tokenizer, rows)
+    done()
+    figures: dict = {"nats_per_token": before[:, 0].sum() / before[:, 1].sum(), "ways": {}}
+    gains = {}
+    for way in ways:
+        quantised, shares = quantise(model, way)
+        after = molecule_losses(quantised, tokenizer, rows)
+        done()
+        gains[way.name] = after[:, 0] - before[:, 0]
+        figures["ways"][way.name] = {
+            **{"nats_per_token": after[:, 0].sum() / after[:, 1].sum(), **shares},
+            "difference": ratio(gains[way.name], before[:, 1]),
+        }
+    return figures, gains
