@@ -17,7 +17,10 @@ from workshop.experiments.plan import load_experiment
 from workshop.experiments.report import report
 from workshop.experiments.results import ExperimentResults
 from workshop.experiments.store import read_lines
+from workshop.experiments.tasks_report import tasks_report
 from workshop.files import ROOT, check_folder, check_text_file
+
+WRITERS = {"molecules": molecules_report, "task": tasks_report}
 
 
 @dataclass
@@ -55,7 +58,7 @@ def main(arguments: ReportArguments) -> None:
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
         own = pictures(results)
-        write = molecules_report if results.report == "molecules" else report
+        write = WRITERS.get(results.report, report)
         texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
         drawn += own
     if arguments.check:

@@ -145,8 +145,6 @@ class Experiment:
             )
 
     def _check_task(self):
-        if (self.report == "task") != (self.task is not None):
-            raise ValueError(f"`task` must go with report task, but got {self.task!r} for {self.report!r}.")
         if self.drawn is None:
             return
         words = len(self.drawn.words) + len(SPECIAL_IDS)
@@ -182,6 +180,8 @@ class Experiment:
     def _check_names(self):
         if self.report not in REPORTS:
             raise ValueError(f"`report` must be one of {list(REPORTS)}, but got {self.report!r}.")
+        if (self.report == "task") != (self.task is not None):
+            raise ValueError(f"`task` must go with report task, but got {self.task!r} for {self.report!r}.")
         texts = TEXTS if self.smiles is None else MOLECULE_TEXTS
         if self.task is not None:
             if self.text or self.smiles is not None:

@@ -132,8 +132,8 @@ def check_molecules(experiment: Experiment, data_dir: Path) -> None:
 
 def make_tokenizer(experiment: Experiment, data_dir: Path, folder: Path) -> Path:
     """
-    Of `vocab_size` ids, from the training text: that of SMILES, or a byte-level BPE, of which 259 ids are the bytes; or
-    that of a task's words.
+    Of `vocab_size` ids, from the training text: that of SMILES, or a byte-level BPE, of which 259 ids are the bytes.
+    That of a task has its words.
     """
     tokenizer = folder / f"tokenizer-{experiment.vocab_size}"
     if not tokenizer.exists():

@@ -1,1 +1,1 @@
-"""Synthetic tasks with published definitions: their rows, drawn by a seed, training, and what is right (docs/experiments.md)."""
+"""Synthetic tasks with published definitions: rows drawn by a seed, training, right answers (docs/experiments.md)."""

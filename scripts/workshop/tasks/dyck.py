@@ -1,4 +1,7 @@
-"""Dyck-(k, m): well-nested brackets of k types, at most m deep (Hewitt et al. 2020; Yao et al. 2021, arXiv 2105.11115)."""
+"""
+Dyck-(k, m): well-nested brackets of k types, at most m deep (Hewitt et al. 2020, arXiv 2010.07515; Yao et al. 2021,
+arXiv 2105.11115).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,8 +23,8 @@ FIRST = len(SPECIAL_IDS)
 class Dyck:
     """
     The language, and which of its strings a run sees. At depth 0 a string ends with probability 1/2, at full depth it
-    closes, between them it opens or closes with 1/2 each; types are uniform. Strings of training and validation have at
-    most `longest` brackets, those of the split "longer" have more, and at most twice as many.
+    closes, between them it opens or closes with 1/2 each; types are uniform. Strings of training and validation have
+    at most `longest` brackets, those of the split "longer" have more, and at most twice as many.
     """
 
     types: int
@@ -62,8 +65,8 @@ class Dyck:
 
     def score(self, logits: np.ndarray, ids: np.ndarray) -> Right:
         """
-        Wherever a bracket is open: is the one that closes it predicted, among all closing ones? Counted by the distance
-        from the opening bracket to the predicted place, and by depth.
+        Wherever a bracket is open: is the one that closes it predicted, among all closing ones? Counted by the
+        distance from the opening bracket to the predicted place, and by depth.
         """
         top, distance, depth = open_brackets(ids - FIRST, self.types, self.depth)
         asked = (top >= 0) & (ids != PAD)
@@ -77,8 +80,8 @@ def walk(
     walkers: int, types: int, depth: int, shortest: int, longest: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Strings `(walkers, longest)` and their lengths, 0 of those that have not ended at `longest`. A type opens as its own
-    number and closes as `types` above it.
+    Strings `(walkers, longest)` and their lengths, 0 of those that have not ended at `longest`. A type opens as its
+    own number and closes as `types` above it.
     """
     strings, lengths = np.zeros((walkers, longest), np.int64), np.zeros(walkers, np.int64)
     stack, height = np.zeros((walkers, depth), np.int64), np.zeros(walkers, np.int64)

@@ -33,8 +33,8 @@ def make_task(settings: Mapping[str, Any]) -> Task:
 
 def draw_rows(task: Task, evaluated: int) -> dict[str, Rows]:
     """
-    Split -> rows, ids and labels each: `task.rows` to train on, and `evaluated` of each other split, no row of which is
-    one of training.
+    Split -> rows, ids and labels each: `task.rows` to train on, and `evaluated` of each other split, no row of which
+    is one of training. Raises ValueError where there are no others.
     """
     drawn: dict[str, Rows] = {}
     seen: set[bytes] = set()
@@ -43,7 +43,10 @@ def draw_rows(task: Task, evaluated: int) -> dict[str, Rows]:
         count = task.rows if split == "train" else evaluated
         rows: Rows = []
         while len(rows) < count:
-            rows += [row for row in task.draw(split, generator) if row[0].tobytes() not in seen]
+            found = [row for row in task.draw(split, generator) if row[0].tobytes() not in seen]
+            if not found:
+                raise ValueError(f"`rows` of `task` must leave other rows for {split}, but got {task.rows}.")
+            rows += found
         drawn[split] = rows[:count]
         if split == "train":
             seen = {ids.tobytes() for ids, _ in drawn[split]}
