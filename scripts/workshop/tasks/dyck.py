@@ -12,7 +12,7 @@ from workshop.tasks.scoring import Right, bins, count_right
 from workshop.tokenizers import SPECIAL_IDS
 
 # Walks that are drawn at once: a seed gives other strings with another number.
-WALKERS = 1 << 14
+WALKERS = 1 << 11
 # A closing bracket is predicted where it has more than this share of the probability of all closing ones.
 THRESHOLD = 0.8
 PAD, BOS, EOS = SPECIAL_IDS

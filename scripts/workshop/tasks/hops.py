@@ -13,7 +13,7 @@ from workshop.tasks.scoring import NO_LABEL, Right, count_right
 from workshop.tokenizers import SPECIAL_IDS
 
 # Sequences of each number of hops that are drawn at once: a seed gives other ones with another number.
-DRAWN_AT_ONCE = 1 << 12
+DRAWN_AT_ONCE = 1 << 9
 _, BOS, _ = SPECIAL_IDS
 FIRST = len(SPECIAL_IDS)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
