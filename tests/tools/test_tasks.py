@@ -227,8 +227,9 @@ def test_the_tokenizer_has_the_ids_of_the_rows(settings, tmp_path):
         tokenizer("(1 x")
 
 
-def test_a_dataset_holds_rows_of_their_own_lengths():
-    rows = draw_rows(make_task(DYCK), 5)["train"]
+@pytest.mark.parametrize("settings", [DYCK, HOPS], ids=["dyck", "hops"])
+def test_a_dataset_holds_rows_of_their_own_lengths(settings):
+    rows = draw_rows(make_task(settings), 5)["train"]
     dataset = make_dataset(rows)
     assert dataset["input_ids"][:] == [ids.tolist() for ids, _ in rows]
     assert dataset["labels"][:] == [labels.tolist() for _, labels in rows]
