@@ -70,7 +70,10 @@ WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
 ADDED_FIELDS = ("layer_family", "norm", "rms_norm_eps", "num_key_value_heads", "head_dim", "mlp_bias")
 # Fields that one topology has, and the others lack.
-TOPOLOGY_FIELDS = {"mesh": ("num_memory_slots",), "hyper_connections": ("num_streams", "gate_start")}
+TOPOLOGY_FIELDS = {
+    "mesh": ("num_memory_slots", "router_start", "first_routers"),
+    "hyper_connections": ("num_streams", "gate_start"),
+}
 # How alike an unknown name and a field have to be (difflib's ratio) for the one to be taken for a slip of the other.
 MISSPELT = 0.8
 
@@ -148,7 +151,7 @@ label_names = checked(numbers_all_labels, "None or the names of the labels 0, 1,
 def unsaved_fields(topology: str | None) -> set[str]:
     """The fields that most configurations do not hold: those of streams where there are none, and what few set."""
     streams = () if topology == "hyper_connections" else TOPOLOGY_FIELDS["hyper_connections"]
-    return {"output_initializer_range", *streams}
+    return {"output_initializer_range", "router_start", "first_routers", *streams}
 
 
 def processes_of(config: PreTrainedConfig) -> int:
@@ -211,6 +214,13 @@ class SpiralFormerConfig(PreTrainedConfig):
         "mesh", "hyper_connections", "anchor", "residual" or "base": how an iteration's update meets the state.
     num_memory_slots (`int`, *optional*):
         Slots of MeSH. Default T + 3. Refused with another topology.
+    router_start (`str`, *optional*):
+        What the routers of MeSH do in a new model: "uniform" gives all slots nearly the same, "pass_through" reads
+        what was just written, "half_anchor" that and v in equal parts. Default "uniform". The last two need
+        T + 2 slots. Refused with another topology.
+    first_routers (`str`, *optional*):
+        What the routers of MeSH's first cycle look at: "embeddings" (x) or "prelude" (v). Default "embeddings".
+        Refused with another topology.
     num_streams (`int`, *optional*):
         Streams of hyper-connections, 2 to 8. Default 4. Refused with another topology.
     gate_start (`str`, *optional*):
@@ -257,6 +267,8 @@ class SpiralFormerConfig(PreTrainedConfig):
     up_scaling: Literal["allocation", "broadcast"] = "allocation"
     topology: Literal["mesh", "hyper_connections", "anchor", "residual", "base"] = "mesh"
     num_memory_slots: int | None = count_or_none(default=None)
+    router_start: Literal["uniform", "pass_through", "half_anchor"] | None = None
+    first_routers: Literal["embeddings", "prelude"] | None = None
     num_streams: int | None = streams_or_none(default=None)
     gate_start: Literal["blend", "replace", "zero"] | None = None
     share_core: bool = True
@@ -403,6 +415,16 @@ class SpiralFormerConfig(PreTrainedConfig):
         return self.num_iterations + 3 if self.num_memory_slots is None else self.num_memory_slots
 
     @property
+    def resolved_router_start(self) -> str:
+        """How the routers of MeSH start, the default filled in."""
+        return self.router_start or "uniform"
+
+    @property
+    def resolved_first_routers(self) -> str:
+        """What the routers of MeSH's first cycle look at, the default filled in."""
+        return self.first_routers or "embeddings"
+
+    @property
     def resolved_num_streams(self) -> int:
         """Number of streams of hyper-connections, the default 4 filled in."""
         return 4 if self.num_streams is None else self.num_streams
@@ -538,6 +560,10 @@ class SpiralFormerConfig(PreTrainedConfig):
                     refuse(field, value, f'None with topology "{self.topology}"')
                 if value is not None and not self.chunk_sizes:
                     refuse(field, value, "None where chunk_sizes is empty")
+        least = self.num_iterations + 2
+        if self.resolved_router_start != "uniform" and self.resolved_num_memory_slots < least:
+            allowed = f'None or >= T + 2 = {least} with router_start "{self.router_start}"'
+            refuse("num_memory_slots", self.num_memory_slots, allowed)
 
     def validate_rotary(self):
         """The rotary embedding: fixed angles, on an even number of dimensions of each head.

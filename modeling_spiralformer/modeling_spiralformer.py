@@ -304,6 +304,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         # modules without parameters of their own.
         if hasattr(module, "initial_std"):
             init.normal_(module.weight, mean=0.0, std=module.initial_std)
+        if hasattr(module, "initial_biases"):
+            init.copy_(module.bias, torch.tensor(module.initial_biases))
         if isinstance(module, SpiralFormerGate):
             init.constant_(module.scale, module.initial_scale)
             init.constant_(module.bias, module.initial_bias)

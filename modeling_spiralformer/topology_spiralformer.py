@@ -22,7 +22,7 @@ Shape letters: B batch, S new tokens, D hidden size, T iterations, N slots of Me
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,19 +56,43 @@ class SpiralFormerRecurrence(nn.Module):
         return new + (state if self.topology == "residual" else carrier), carrier
 
 
+def router_starts(cycle: int) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+    """`router_start` -> the shares of slots that a cycle's write and read routers start from; the rest is even.
+
+    Cycle k has slot k + 1 to itself, and slot 1 holds v.
+    """
+    own, half = {cycle + 1: 0.9}, {1: 0.45, cycle + 1: 0.45}
+    return {"uniform": ({}, {}), "pass_through": (own, own), "half_anchor": (own, half if cycle else own)}
+
+
+def make_router(size: int, slots: int, shares: dict[int, float]) -> nn.Linear:
+    """A map from states `(B, S, D)` to the logits of slots `(B, S, N)`, for a new model with the biases of `shares`.
+
+    Args:
+        shares: slot -> its share, as far as the weights, which are small in a new model, leave it.
+    """
+    router: Any = nn.Linear(size, slots)
+    rest = (1 - sum(shares.values())) / (slots - len(shares))
+    router.initial_biases = [math.log(shares.get(slot, rest) / rest) for slot in range(slots)]
+    return router
+
+
 class SpiralFormerMeSH(nn.Module):
     """MeSH (arXiv 2510.07739): T + 1 write-read cycles on N memory slots per token, each with routers of its own.
 
     Slot 0 starts as x, the others empty. Cycle k writes m_n += w_(k,n) new_k and reads sum_n r_(k,n) m_n, where new_0
-    is v and new_(t+1) the update of iteration t; its routers look at the state that entered the block. No slot is ever
-    built: what cycle k reads is r_(k,0) x + sum_(i <= k) (w_i . r_k) new_i, with one number w_i . r_k per token.
+    is v and new_(t+1) the update of iteration t; its routers look at the state that entered the block (those of cycle
+    0 at v instead, where the configuration says so). No slot is ever built: what cycle k reads is
+    r_(k,0) x + sum_(i <= k) (w_i . r_k) new_i, with one number w_i . r_k per token.
     """
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__()
         size, slots = config.hidden_size, config.resolved_num_memory_slots
-        self.write = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
-        self.read = nn.ModuleList(nn.Linear(size, slots) for _ in range(config.num_iterations + 1))
+        starts = [router_starts(k)[config.resolved_router_start] for k in range(config.num_iterations + 1)]
+        self.write = nn.ModuleList(make_router(size, slots, shares) for shares, _ in starts)
+        self.read = nn.ModuleList(make_router(size, slots, shares) for _, shares in starts)
+        self.first_routers = config.resolved_first_routers
 
     def forward(
         self, new: torch.Tensor, state: torch.Tensor, carrier: list | None = None
@@ -82,6 +106,8 @@ class SpiralFormerMeSH(nn.Module):
                 alone, with weights None.
         """
         written = [(None, state)] if carrier is None else carrier
+        if carrier is None and self.first_routers == "prelude":
+            state = new
         cycle = len(written) - 1
         write = self.write[cycle](state).softmax(dim=-1)
         read = self.read[cycle](state).softmax(dim=-1)

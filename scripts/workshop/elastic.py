@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_spiralformer.elastic_spiralformer import choose_iterations
-from workshop.model_card import CardTrainer
+from workshop.router_rate import RouterRateTrainer
 from workshop.training_arguments import read_schedule
 
 
@@ -41,7 +41,7 @@ def running(model: PreTrainedModel, view: PreTrainedModel) -> Iterator[None]:
         setattr(model, model.base_model_prefix, body)
 
 
-class ElasticTrainer(CardTrainer):
+class ElasticTrainer(RouterRateTrainer):
     """
     A `Trainer` that draws a schedule for each batch of each step, the same in all processes and after a resumption,
     and reports the figures of each schedule: eval_loss of the model's own, eval_8-4_loss and so on.

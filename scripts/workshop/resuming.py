@@ -29,6 +29,7 @@ TRAJECTORY = (
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "seed", "data_seed"),
     *("bf16", "fp16", "tf32", "use_liger_kernel", "accelerator_config"),
     *("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "schedules"),
+    "router_learning_rate_ratio",
 )
 # What a configuration says of its file and class, and what Trainer sets itself. None of it changes a training step.
 NOT_COMPARED = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
@@ -196,7 +197,8 @@ def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
         record: of the run that goes on.
         same_split: whether the rows of a step must also be split alike over processes and passes.
     """
-    before = {"schedules": None, **saved_record(checkpoint)}  # None where a run is older than the setting
+    # None where a run is older than the setting.
+    before = {"schedules": None, "router_learning_rate_ratio": None, **saved_record(checkpoint)}
     ignored = {"config", *(() if same_split else SPLIT)}
     now = {name: value for name, value in record.items() if name not in ignored}
     if found := differences(now, before):

@@ -115,6 +115,13 @@ class SpiralTrainingArguments(TrainingArguments):
             "named twice is drawn twice as often. Default: the whole schedule always."
         },
     )
+    router_learning_rate_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "The routers of MeSH train at so many times the learning rate, and without weight decay. Default: "
+            "like all other parameters."
+        },
+    )
     # The library would leave non-finite losses out of its averages: a diverged run must show.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
 
@@ -125,7 +132,7 @@ class SpiralTrainingArguments(TrainingArguments):
         check_numbers(
             self,
             **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), (0, math.inf)),
-            **dict.fromkeys(("max_grad_norm", "num_train_epochs"), (0, math.inf)),
+            **dict.fromkeys(("max_grad_norm", "num_train_epochs", "router_learning_rate_ratio"), (0, math.inf)),
             **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
             **dict.fromkeys(("seed", "data_seed"), (0, LARGEST_SEED)),
         )

@@ -75,7 +75,7 @@ def run_mesh_loop(config, weights: Weights, x: States, v: States) -> States:
     num_slots = iterations + 3 if config.num_memory_slots is None else config.num_memory_slots
     empty = [torch.zeros_like(state) for state in x]
     memory = [x] + [empty] * (num_slots - 1)  # S slots of L states
-    memory, h = run_mesh_cycle(weights, 0, memory, new=v, entered=x)
+    memory, h = run_mesh_cycle(weights, 0, memory, new=v, entered=v if config.first_routers == "prelude" else x)
     for t in range(iterations):
         update = run_iteration(config, weights, t, h)
         memory, h = run_mesh_cycle(weights, t + 1, memory, new=update, entered=h)

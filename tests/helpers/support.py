@@ -152,6 +152,8 @@ def model_options(draw) -> dict:
     options["topology"] = draw(st.sampled_from(["mesh", "hyper_connections", "anchor", "residual", "base"]))
     if options["topology"] == "mesh" and options["chunk_sizes"] and draw(st.booleans()):
         options["num_memory_slots"] = draw(st.integers(1, 5))
+    if options["topology"] == "mesh" and options["chunk_sizes"]:
+        options["first_routers"] = draw(st.sampled_from([None, "embeddings", "prelude"]))
     if options["topology"] == "hyper_connections" and options["chunk_sizes"]:
         options["num_streams"] = draw(st.sampled_from([None, 2, 3, 8]))
         options["gate_start"] = draw(st.sampled_from([None, "blend", "replace", "zero"]))

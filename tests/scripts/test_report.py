@@ -219,8 +219,8 @@ def test_every_reference_has_a_table_of_its_own():
 
 
 def test_sizes_are_connected_only_where_they_saw_equally_many_tokens():
-    small, large, long = (main_experiment(name) for name in ("main_small", "main_large", "main_small_long"))
-    tokens = {"main_small": 100, "main_large": 100, "main_small_long": 400}
+    small, large, long = (main_experiment(name) for name in ("main_small", "larger", "longer"))
+    tokens = {"main_small": 100, "larger": 100, "longer": 400}
     lines = [line for one in (small, large, long) for line in make_lines(one, MAIN_BITS, tokens=tokens[one.name])]
     results = [ExperimentResults.gather(one, lines) for one in (long, small, large)]
     drawn = []
@@ -228,7 +228,7 @@ def test_sizes_are_connected_only_where_they_saw_equally_many_tokens():
         patch.setattr(report_plots, "draw_scaling", lambda sizes, path: drawn.extend(sizes))
         (picture,) = report_plots.scaling_picture(results)
         picture.draw(None)
-    assert [one.name for one in drawn] == ["main_small", "main_large"]
+    assert [one.name for one in drawn] == ["main_small", "larger"]
     assert report_plots.scaling_picture(results[:2]) == []
 
 
@@ -345,9 +345,9 @@ def sized_lines(experiment: MadeUpExperiment, factor: float) -> list[dict]:
 
 
 def test_the_pictures_show_means_over_costs(figures):
-    small, large = main_experiment(), main_experiment("main_large")
+    small, large = main_experiment(), main_experiment("larger")
     draw_all([(small, sized_lines(small, 1)), (large, sized_lines(large, 10))])
-    assert set(figures) == {"scaling.png", *(f"main_{s}{k}.png" for s in ("small", "large") for k in ("", "_curves"))}
+    assert set(figures) == {"scaling.png", *(f"{s}{k}.png" for s in ("main_small", "larger") for k in ("", "_curves"))}
     for axes, unit in zip(figures["main_small.png"].axes, (1e12, 1e5), strict=True):
         points = [container.lines[0].get_xydata()[0] for container in axes.containers]
         assert [point[0] / unit for point in points] == pytest.approx([1, 2, 3, 4, 5, 6])
@@ -361,7 +361,7 @@ def test_the_pictures_show_means_over_costs(figures):
 
 
 def test_a_family_has_one_colour_in_all_pictures(figures):
-    small, large = main_experiment(), main_experiment("main_large")
+    small, large = main_experiment(), main_experiment("larger")
     draw_all([(small, sized_lines(small, 1)), (large, sized_lines(large, 10))])
     for figure in figures.values():
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -373,7 +373,7 @@ def test_a_family_has_one_colour_in_all_pictures(figures):
 
 
 def test_no_two_labels_of_an_axis_overlap(figures):
-    small, large = main_experiment(), main_experiment("main_large")
+    small, large = main_experiment(), main_experiment("larger")
     bits = {name: [2.1 + 0.01 * index, 2.11, 2.12] for index, name in enumerate(ABLATIONS)}
     experiments = [(small, sized_lines(small, 1)), (large, sized_lines(large, 36))]
     draw_all(

@@ -154,6 +154,17 @@ def test_a_key_hangs_on_everything_that_decides_a_run():
     )
 
 
+def test_a_model_may_have_settings_of_its_own():
+    """On top of those of all, and part of its runs' keys alone."""
+    own = {"router_learning_rate_ratio": 0.1, "weight_decay": 0.5}
+    models = SMALL["models"] | {"slow": SMALL["models"]["spiral"] | {"training": own}}
+    training = {"weight_decay": 0.2, "warmup_steps": 0.1}
+    plan, before = experiment(models=models, training=training), experiment(training=training)
+    assert plan.run("slow", 0, 1e-3).settings["training"] == training | own
+    assert plan.run("spiral", 0, 1e-3).key == before.run("spiral", 0, 1e-3).key != plan.run("slow", 0, 1e-3).key
+    assert "training" not in plan.run("slow", 0, 1e-3).settings["config"]
+
+
 def test_finished_runs_keep_their_keys():
     lines = read_lines(ROOT / "docs" / "results" / "runs.jsonl")
     assert len(lines) >= 59
@@ -197,6 +208,9 @@ def test_a_field_that_came_later_is_part_of_a_key_only_where_it_differs(monkeypa
         ({"models": {"plain": {"layers": 3}}}, "layers"),
         ({"models": {"plain": {"chunk_sizes": [0]}}}, "chunk_sizes"),
         ({"models": {"plain": {"non_embedding_parameters": 10}}}, "non_embedding_parameters"),
+        ({"models": {"plain": {"training": {"seed": 3}}}}, "seed"),
+        ({"models": {"plain": {"training": {"router_learning_rate_ratio": "slow"}}}}, "router_learning_rate_ratio"),
+        ({"models": {"plain": {"training": 3}}}, "`training` of model 'plain'"),
         ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps"),
         ({"training": {"save_only_model": True}}, "save_only_model"),
         ({"budget": {"hours": 1}}, "budget"),

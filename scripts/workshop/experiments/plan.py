@@ -56,7 +56,7 @@ def keyed_fields(fields: dict) -> dict:
     """The fields of a configuration that are part of a run's key."""
     first = {name: value for name, value in fields.items() if name in FIRST_FIELDS}
     implied = config_fields(SpiralFormerConfig(**{n: value for n, value in first.items() if n != "model_type"}))
-    return {name: value for name, value in fields.items() if name in first or value != implied[name]}
+    return {name: value for name, value in fields.items() if name in first or value != implied.get(name)}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Experiment:
     """
     One file of `scripts/experiments/`; its keys are these fields (see docs/experiments.md).
 
-    A model's entry holds fields of `SpiralFormerConfig`, on top of those in `common`, and may hold
-    `non_embedding_parameters`: its `intermediate_size` is then chosen to match that number.
+    A model's entry holds fields of `SpiralFormerConfig`, on top of those in `common`. It may hold `training`, on top
+    of that of all models, and `non_embedding_parameters`: its `intermediate_size` is then matched to that number.
     """
 
     name: str
@@ -123,7 +123,8 @@ class Experiment:
             raise ValueError(f"`learning_rates` must be above 0, but got {self.learning_rates}.")
         if min(self.seeds) < 0 or max(self.seeds) > LARGEST_SEED:
             raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {self.seeds}.")
-        self._check_training()
+        for training in (self.training, *(self.training_of(name) for name in self.models)):
+            self._check_training(training)
         self._check_smiles()
         self._check_task()
         for name in self.models:
@@ -161,17 +162,24 @@ class Experiment:
         """The task whose rows the runs read, where they are no texts."""
         return None if self.task is None else make_task(self.task)
 
-    def _check_training(self):
+    def training_of(self, name: str) -> dict:
+        """The settings of one model's training beside those that the runner makes."""
+        own = self.models[name].get("training", {})
+        if not isinstance(own, dict):
+            raise ValueError(f"`training` of model {name!r} must hold settings, but got {own!r}.")
+        return self.training | own
+
+    def _check_training(self, training: dict):
         allowed = {item.name for item in dataclasses.fields(SpiralTrainingArguments)} - RESERVED
-        for name in self.training:
+        for name in training:
             if name not in allowed:
                 raise ValueError(
                     "`training` must name settings of SpiralTrainingArguments that the runner does not set itself, "
                     f"but got {name!r}."
                 )
         # The values stay as they were written: keys of finished runs are digests of the settings.
-        check_types(self.training, types_of(SpiralTrainingArguments), "`training`")
-        parts = self.training.get("gradient_accumulation_steps", 1)
+        check_types(training, types_of(SpiralTrainingArguments), "`training`")
+        parts = training.get("gradient_accumulation_steps", 1)
         if type(parts) is not int or parts < 1 or self.batch_size % parts:
             raise ValueError(
                 f"`gradient_accumulation_steps` must divide batch_size {self.batch_size}, but got {parts!r}."
@@ -202,6 +210,7 @@ class Experiment:
         """The configuration of one model, matched in parameters where its entry asks for it."""
         fields = {"vocab_size": self.vocab_size, "max_position_embeddings": self.block_size}
         fields |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | self.common | self.models[name]
+        fields.pop("training", None)
         target = fields.pop("non_embedding_parameters", None)
         known = {item.name for item in dataclasses.fields(SpiralFormerConfig)}
         unknown = sorted(set(fields) - known)
@@ -237,7 +246,7 @@ class Experiment:
             "batch_size": self.batch_size,
             "steps": steps,
             "evaluation_blocks": self.evaluation_blocks,
-            "training": self.training,
+            "training": self.training_of(name),
             "seed": seed,
             "learning_rate": learning_rate,
         }
