@@ -18,9 +18,9 @@ from workshop.experiments.store import read_lines
 from workshop.experiments.tasks_report import tasks_report
 from workshop.tasks.rows import draw_rows, make_task
 
-DYCK = {"name": "dyck", "types": 3, "depth": 4, "longest": 16, "mean_length": 8, "rows": 24}
+DYCK = {"name": "dyck", "types": 3, "depth": 4, "longest": 16, "mean_length": 9, "rows": 24}
 HOPS = {"name": "hops", "hops": 2, "letters": 3, "length": 8, "rows": 24}
-OF_DYCK = {"task": DYCK, "vocab_size": 9, "block_size": 34, "budget": {"tokens": 8 * 4 * 8}}
+OF_DYCK = {"task": DYCK, "vocab_size": 9, "block_size": 34, "budget": {"tokens": 8 * 4 * 9}}
 OF_HOPS = {"task": HOPS, "vocab_size": 8, "block_size": 11, "budget": {"tokens": 8 * 4 * 11}}
 PLAN = {
     "title": "Two tiny models",
@@ -55,8 +55,8 @@ def experiment(**changes) -> Experiment:
         ({"vocab_size": 10}, "`vocab_size` must be 9, the tokens of the task, but got 10"),
         ({"block_size": 33}, "`block_size` must be at least 34, the longest row's tokens, but got 33"),
         ({"text": {"train": "a.txt"}}, "`text` and `smiles` must be left out with `task`"),
-        ({"smiles": {"mean_length": 8, "samples": 1, "temperature": 1.0, "top_k": 4}}, "must be left out with `task`"),
-        ({"budget": {"tokens": 1}}, "`budget` must be a multiple of 32 tokens"),
+        ({"smiles": {"mean_length": 9, "samples": 1, "temperature": 1.0, "top_k": 4}}, "must be left out with `task`"),
+        ({"budget": {"tokens": 1}}, "`budget` must be a multiple of 36 tokens"),
     ],
 )
 def test_bad_plans_are_refused_by_name(changes, words, tmp_path):
@@ -121,7 +121,7 @@ def test_a_run_that_stopped_half_way_ends_alike_and_its_figures_are_those_of_its
 
 def test_tokens_are_those_of_the_rows_without_padding(tmp_path):
     """Six steps of four rows: all of the 24, once."""
-    plan = experiment(budget={"tokens": 6 * 4 * 8})
+    plan = experiment(budget={"tokens": 6 * 4 * 9})
     results = train_run(
         plan.run("plain", 0, 1e-2), tmp_path, tmp_path, make_tokenizer(plan, tmp_path, tmp_path), [].append
     )
@@ -140,8 +140,8 @@ def test_rows_are_described_as_texts_are_and_other_ones_refused(tmp_path):
         check_same_text(other, [line], plan)
     hops = experiment(**OF_HOPS)  # another task, and another number of rows, are other data
     check_same_text(describe_text(hops, tmp_path), [line], hops)
-    with pytest.raises(ValueError, match="`mean_length` of `task` must be 8, the rounded mean of its rows, but got 9"):
-        describe_text(experiment(task=DYCK | {"mean_length": 9}, budget={"tokens": 36}), tmp_path)
+    with pytest.raises(ValueError, match="`mean_length` of `task` must be 9, the rounded mean of its rows, but got 8"):
+        describe_text(experiment(task=DYCK | {"mean_length": 8}, budget={"tokens": 32}), tmp_path)
     fewer = experiment(evaluation_blocks=5)
     check_same_text(describe_text(fewer, tmp_path), [line], fewer)
 
