@@ -6,7 +6,9 @@ Writes <name>.md and its PNG files for every experiment in `scripts/experiments/
 nothing, and fails with the names of the Markdown files that are not what the lines give.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -18,6 +20,7 @@ from workshop.experiments.plan import load_experiment
 from workshop.experiments.report import report
 from workshop.experiments.results import ExperimentResults
 from workshop.experiments.store import read_lines
+from workshop.experiments.tasks_report import tasks_report
 from workshop.files import ROOT, check_folder, check_text_file
 
 
@@ -56,14 +59,13 @@ def main(arguments: ReportArguments) -> None:
         check_folder("output_dir", folder, [f"{Path(path).stem}.md" for path in arguments.experiments])
     lines, hierarchy = read_lines(arguments.runs), Hierarchy.load(arguments.hierarchy)
     everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
+    writers: dict[str, Callable] = {"molecules": partial(molecules_report, hierarchy=hierarchy), "task": tasks_report}
     texts: dict[Path, str] = {}
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
         own = pictures(results) + hierarchy_pictures(results, hierarchy)
-        shown = {picture.file: picture.shows for picture in own}
-        of_molecules = results.report == "molecules"
-        text = molecules_report(results, shown, hierarchy) if of_molecules else report(results, shown)
-        texts[folder / f"{results.name}.md"] = text
+        write = writers.get(results.report, report)
+        texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
         drawn += own
     if arguments.check:
         if stale := stale_files(texts):

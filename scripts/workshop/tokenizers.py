@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 # Their ids are 0, 1, 2: configuration/tiny names the same three.
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+SPECIAL_IDS = tuple(range(len(SPECIAL_TOKENS)))
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 # The tokens of SMolLM: an atom of two letters, a chirality mark, a whole bracket atom; else one character.
 SMILES_PATTERN = r"Cl|Br|@@|\[[^\]]*\]|[CNOSPFIcnosp()=#\-+./\\@0-9]"
@@ -63,6 +64,22 @@ def train_smiles_tokenizer(molecules: Iterable[str]) -> Tokenizer:
     bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, names.index(bos)), (eos, names.index(eos))]
+    )
+    return tokenizer
+
+
+def make_word_tokenizer(words: Iterable[str], template: str) -> Tokenizer:
+    """
+    Ids 0, 1, 2 are pad, bos and eos, then the words in their order. A text is words with blanks between them; encoding
+    puts it in the place of $A in the template, whose "{bos}" and "{eos}" are the tokens. Other words are an error.
+    """
+    names = [*SPECIAL_TOKENS.values(), *words]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(names)}))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.format(bos=bos, eos=eos), special_tokens=[(bos, names.index(bos)), (eos, names.index(eos))]
     )
     return tokenizer
 

@@ -144,3 +144,16 @@ def make_molecule_line(model: str, seed: int, rate: float, nats: float | None, v
     return line | {
         "samples": {"count": 1000, **samples, "valid_interval": [0.0, 1.0], "unique": valid - 1, "rdkit": "2026.09.1"}
     }
+
+
+def make_task_line(model: str, seed: int, rate: float, nats: float | None, shallow: int, deep: int) -> dict:
+    """A line of a task: right answers of 500 at depth 1 and of 500 at depth 10; half as many in "longer"."""
+    line = make_line("dyck", model, seed, rate, nats, settings={"task": {}}, nats_per_token={"validation": nats})
+    del line["bits_per_byte"]
+    splits = ("train", "validation", "longer")
+    line["text"] = {name: {"file": f"Made-up, {name}", "sha256": name * 4} for name in splits}
+    line["accuracy"] = {
+        split: {"all": [right(shallow + deep), 1000], "depth 1": [right(shallow), 500], "depth 10": [right(deep), 500]}
+        for split, right in (("validation", int), ("longer", lambda count: count // 2))
+    }
+    return line

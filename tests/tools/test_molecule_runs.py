@@ -28,9 +28,10 @@ from workshop.experiments.runner import check_molecules, make_tokenizer
 from workshop.experiments.store import read_lines
 from workshop.molecules import judging, sampling
 from workshop.molecules.judging import SAMPLE_CLASSES, classify, judge
-from workshop.molecules.rows import LengthGroups, make_rows, read_molecules
+from workshop.molecules.rows import make_rows, read_molecules
 from workshop.molecules.sampling import sample
-from workshop.molecules.training import make_trainer, row_losses
+from workshop.molecules.training import make_trainer
+from workshop.padded_rows import LengthGroups, row_losses
 from workshop.tokenizers import split_smiles, train_smiles_tokenizer
 from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 

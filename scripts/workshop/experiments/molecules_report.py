@@ -14,6 +14,9 @@ from workshop.experiments.report import (
     or_nothing,
     resolution,
     scientific,
+    share_cell,
+    share_interval_cell,
+    sweep_budget,
 )
 from workshop.experiments.results import ExperimentResults, ModelResults
 from workshop.experiments.statistics import CONFIDENCE, Mean
@@ -40,14 +43,6 @@ DIFFERENCES = (
     "row by itself. That of validity holds the noise of the samples too. The learning rate was chosen on the "
     "validation molecules, in runs of their own."
 )
-
-
-def share_cell(mean: Mean | None, sign: str = "") -> str:
-    """A share in percent, ± standard error in points."""
-    if mean is None:
-        return NOTHING
-    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
-    return f"{100 * mean.mean:{sign}.1f}%{error}"
 
 
 def pooled_interval(model: ModelResults) -> str:
@@ -89,11 +84,10 @@ def difference_table(results: ExperimentResults, reference: str) -> str:
     for model in results.models:
         if model.name == reference:
             continue
-        mean, interval = loss.mean(model.name), valid.interval(model.name)
+        mean = loss.mean(model.name)
         row = [model.name, "0" if mean is None else str(mean.count), mean_cell(mean, "+")]
         row += [interval_cell(loss.interval(model.name)), loss.verdict(model.name) or NOTHING]
-        row += [share_cell(valid.mean(model.name), "+")]
-        row += [NOTHING if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"]
+        row += [share_cell(valid.mean(model.name), "+"), share_interval_cell(valid.interval(model.name))]
         rows.append([*row, valid.verdict(model.name) or NOTHING])
     return markdown_table(header, rows)
 
@@ -102,15 +96,9 @@ def differences(results: ExperimentResults) -> str:
     """How to read a table of differences, and the table for each reference."""
     parts = [DIFFERENCES]
     for reference in results.references:
-        resolved = [resolution(results.compare(name, reference), words) for name, words in MEASURES.items()]
+        resolved = [resolution(results.compare(name, reference), f"{words} text") for name, words in MEASURES.items()]
         parts += [f"### To `{reference}`", difference_table(results, reference), " ".join(resolved)]
     return "\n\n".join(parts)
-
-
-def sweep_budget(results: ExperimentResults) -> str:
-    """How long the runs of the sweep were."""
-    tokens = sorted({line["tokens"] for model in results.swept for line in model.sweep.values()})
-    return f"Runs of {' or '.join(f'{count:,}' for count in tokens)} tokens. " if tokens else ""
 
 
 def molecules_report(results: ExperimentResults, pictures: dict[str, str], hierarchy: Hierarchy) -> str:

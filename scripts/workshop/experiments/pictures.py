@@ -137,6 +137,26 @@ def draw_hierarchy(results: ExperimentResults, hierarchy: Hierarchy, training: T
     save(figure, path)
 
 
+def draw_classes(results: ExperimentResults, path: Path) -> None:
+    """Accuracy by what makes an answer easy or hard, a panel for each split and word, a line a model."""
+    classes = results.classes
+    figure, [panels] = new_figure(1 + 4.2 * len(classes), 4.4, len(classes), grid=True, sharey=True)
+    for axes, ((split, word), names) in zip(panels, classes.items(), strict=True):
+        for model in results.measured:
+            means = [model.mean(f"{split}/{name}") for name in names]
+            values, errors = [mean.mean for mean in means], [mean.standard_error or 0 for mean in means]
+            colour, marker = style_of(model.name)
+            labels = [name.partition(" ")[2] for name in names]
+            axes.errorbar(labels, values, errors, color=colour, marker=marker, lw=1.2, capsize=2, label=model.name)
+        axes.set_title(split, fontsize=11)
+        axes.set_xlabel(word)
+        axes.tick_params(axis="x", labelrotation=45 if len(names) > 5 else 0)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1))
+    panels[0].set_ylabel("accuracy")
+    add_legend(figure, panels[0])
+    save(figure, path)
+
+
 def draw_scaling(experiments: list[ExperimentResults], path: Path) -> None:
     """The same with the sizes of each family connected by a line."""
     figure, [panels] = new_figure(9, 4.6, 2, grid=True, sharey=True)
@@ -252,6 +272,9 @@ def pictures(results: ExperimentResults) -> list[Picture]:
     if results.report == "molecules":
         shows = "Nats per token on validation molecules over training FLOPs, and what became of the samples"
         return [Picture(f"{name}.png", shows, lambda path: draw_molecules(results, path))]
+    if results.report == "task":
+        shows = "Accuracy by class: mean and standard error"
+        return [Picture(f"{name}.png", shows, lambda path: draw_classes(results, path))]
     costs = "Bits per byte on validation text over training FLOPs and over non-embedding parameters"
     curves = (
         "Bits per byte on a part of the validation text during training: mean over the seeds, their range as a band"

@@ -16,9 +16,11 @@ from workshop.experiments.matching import match_parameters, match_steps
 from workshop.experiments.store import losses
 from workshop.published import to_json
 from workshop.settings import LARGEST_SEED, check_numbers, check_types, read_settings, types_of
+from workshop.tasks.rows import Task, make_task
+from workshop.tokenizers import SPECIAL_IDS
 from workshop.training_arguments import SpiralTrainingArguments
 
-REPORTS = ("table", "ablations", "ratio", "molecules")
+REPORTS = ("table", "ablations", "ratio", "molecules", "task")
 TEXTS = ("train", "validation", "foreign")
 MOLECULE_TEXTS = ("train", "validation")
 # What `smiles` holds, with the types of each.
@@ -89,7 +91,6 @@ class Experiment:
     title: str
     report: str
     references: list[str]
-    text: dict[str, str]
     vocab_size: int
     block_size: int
     batch_size: int
@@ -98,11 +99,13 @@ class Experiment:
     learning_rates: list[float]
     seeds: list[int]
     models: dict[str, dict]
+    text: dict[str, str] = field(default_factory=dict)
     common: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     rate_of: str | None = None
     sweep_budget: dict[str, int | float] | None = None
     smiles: dict[str, int | float] | None = None
+    task: dict[str, int | str] | None = None
 
     def __post_init__(self):
         check_numbers(self)
@@ -123,6 +126,7 @@ class Experiment:
         for training in (self.training, *(self.training_of(name) for name in self.models)):
             self._check_training(training)
         self._check_smiles()
+        self._check_task()
         for name in self.models:
             for sweep in (False, True):
                 self.run(name, self.seeds[0], self.learning_rates[0], sweep)  # refuses a bad budget too
@@ -140,6 +144,23 @@ class Experiment:
                 f"`smiles` must hold numbers above 0, and a mean_length up to block_size {self.block_size}, but got "
                 f"{self.smiles}."
             )
+
+    def _check_task(self):
+        if self.drawn is None:
+            return
+        words = len(self.drawn.words) + len(SPECIAL_IDS)
+        if self.vocab_size != words:
+            raise ValueError(f"`vocab_size` must be {words}, the tokens of the task, but got {self.vocab_size}.")
+        if self.block_size < self.drawn.longest_row:
+            raise ValueError(
+                f"`block_size` must be at least {self.drawn.longest_row}, the longest row's tokens, but got "
+                f"{self.block_size}."
+            )
+
+    @functools.cached_property
+    def drawn(self) -> Task | None:
+        """The task whose rows the runs read, where they are no texts."""
+        return None if self.task is None else make_task(self.task)
 
     def training_of(self, name: str) -> dict:
         """The settings of one model's training beside those that the runner makes."""
@@ -167,8 +188,15 @@ class Experiment:
     def _check_names(self):
         if self.report not in REPORTS:
             raise ValueError(f"`report` must be one of {list(REPORTS)}, but got {self.report!r}.")
+        if (self.report == "task") != (self.task is not None):
+            raise ValueError(f"`task` must go with report task, but got {self.task!r} for {self.report!r}.")
         texts = TEXTS if self.smiles is None else MOLECULE_TEXTS
-        if sorted(self.text) != sorted(texts):
+        if self.task is not None:
+            if self.text or self.smiles is not None:
+                raise ValueError(
+                    f"`text` and `smiles` must be left out with `task`, but got {self.text}, {self.smiles}."
+                )
+        elif sorted(self.text) != sorted(texts):
             raise ValueError(f"`text` must name a file for each of {list(texts)}, but got {self.text}.")
         if not self.references or not isinstance(self.references, list):
             raise ValueError(f"`references` must be a list of models, but got {self.references!r}.")
@@ -193,7 +221,9 @@ class Experiment:
 
     @property
     def example_length(self) -> int:
-        """Tokens of an example, on which costs and budgets are counted: a block, or a molecule of mean length."""
+        """Tokens of an example, on which costs and budgets are counted: a block, or a row of mean length."""
+        if self.drawn is not None:
+            return self.drawn.mean_length
         return self.block_size if self.smiles is None else self.smiles["mean_length"]
 
     @functools.cache  # noqa: B019
@@ -223,6 +253,8 @@ class Experiment:
         if self.smiles is not None:
             samples = self.smiles["samples"]
             settings["smiles"] = self.smiles | {"samples": min(samples, SWEEP_SAMPLES) if shorter else samples}
+        if self.task is not None:
+            settings["task"] = self.task
         return Run(self.name, name, settings, steps * flops_per_step)
 
     # -- what the finished lines say ----------------------------------------------------------------------------
@@ -282,7 +314,7 @@ def load_experiment(path: str | Path) -> Experiment:
         base = read_settings("based_on", Path(path).parent / str(entries.pop("based_on")))
         entries = base | entries
     known = {item.name for item in dataclasses.fields(Experiment)} - {"name"}
-    required = known - {"common", "training", "rate_of", "sweep_budget", "smiles"}
+    required = known - {"text", "common", "training", "rate_of", "sweep_budget", "smiles", "task"}
     if set(entries) - known or required - set(entries):
         raise ValueError(
             f"{path} must hold the keys {sorted(required)}, and may hold others of {sorted(known)}: {sorted(entries)}."

@@ -47,6 +47,19 @@ def interval_cell(interval: tuple[float, float] | None) -> str:
     return NOTHING if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
+def share_cell(mean: Mean | None, sign: str = "") -> str:
+    """A share in percent, ± standard error in points."""
+    if mean is None:
+        return NOTHING
+    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
+    return f"{100 * mean.mean:{sign}.1f}%{error}"
+
+
+def share_interval_cell(interval: tuple[float, float] | None) -> str:
+    """The interval of a difference of shares, in points."""
+    return NOTHING if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+
+
 def names(models: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in models) or "none"
 
@@ -90,8 +103,7 @@ def provenance(results: ExperimentResults) -> str:
         return f"Seeds {distinct(results.seeds)}. No run yet."
     texts = ", ".join(
         f"{name} " + distinct(f"{line['text'][name]['file']} ({line['text'][name]['sha256'][:7]})" for line in lines)
-        for name in ("train", "validation", "foreign")
-        if name in lines[0]["text"]
+        for name in lines[0]["text"]
     )
     machines = {
         "{device}, {cores} cores, {workers} runs at a time, {threads} threads in each; Python {python}, "
@@ -188,15 +200,15 @@ def difference_table(results: ExperimentResults, reference: str) -> str:
     return markdown_table(header, rows)
 
 
-def resolution(comparison: Comparison, text: str) -> str:
+def resolution(comparison: Comparison, measure: str) -> str:
     """How large a difference has to be seen before it counts."""
     deviation = comparison.run_deviation
     if deviation is None:
-        return f"On {text} text no interval can be given: that takes two pairs of runs of one model."
+        return f"On {measure} no interval can be given: that takes two pairs of runs of one model."
     counts = sorted({len(found) for found in comparison.differences.values()})
     sizes = " and ".join(f"{comparison.half_width(count):.4f} with {count}" for count in counts)
     return (
-        f"On {text} text the standard deviation of a run, the means of its model and its seed taken out, is "
+        f"On {measure} the standard deviation of a run, the means of its model and its seed taken out, is "
         f"{deviation:.4f} ({comparison.degrees_of_freedom} degrees of freedom): a difference seen to `"
         f"{comparison.reference}` beyond {sizes} pairs is resolved. One that is really of this size would be so in "
         "half of such experiments only."
@@ -221,7 +233,9 @@ def differences(results: ExperimentResults) -> str:
         )
     parts = [text]
     for reference in results.references:
-        resolutions = [resolution(results.compare(text, reference), text) for text in ("validation", "foreign")]
+        resolutions = [
+            resolution(results.compare(text, reference), f"{text} text") for text in ("validation", "foreign")
+        ]
         parts += [f"### To `{reference}`", difference_table(results, reference), " ".join(resolutions)]
     return "\n\n".join(parts)
 
@@ -273,6 +287,12 @@ def lowest_ratio(results: ExperimentResults) -> str:
     parts.append(resolution(comparison, "validation"))
     parts.append("It is the lowest of several noisy means, so its own is likely to be a little too low.")
     return " ".join(parts)
+
+
+def sweep_budget(results: ExperimentResults) -> str:
+    """How long the runs of the sweep were."""
+    tokens = sorted({line["tokens"] for model in results.swept for line in model.sweep.values()})
+    return f"Runs of {' or '.join(f'{count:,}' for count in tokens)} tokens. " if tokens else ""
 
 
 def join_report(

@@ -40,12 +40,23 @@ MOLECULE_FIELDS = {name: inner for name, inner in FIELDS.items() if name != "bit
     "nats_per_token": ("validation",),
     "samples": ("count", *SAMPLE_CLASSES, "valid_interval", "unique", "rdkit"),
 }
+# Those of a task have right answers in place of samples, on every split but that of training.
+TASK_FIELDS = {name: inner for name, inner in MOLECULE_FIELDS.items() if name != "samples"} | {
+    "accuracy": ("validation",)
+}
+
+
+def fields_of(settings: dict) -> dict[str, tuple[str, ...]]:
+    """What the line of a run holds."""
+    if "task" in settings:
+        return TASK_FIELDS
+    return MOLECULE_FIELDS if "smiles" in settings else FIELDS
 
 
 def check_line(line: dict) -> None:
     """Raises ValueError where a line of the store lacks a field, or a figure is neither finite nor null."""
-    molecules = "smiles" in line.get("settings", {})
-    for field, inner in (MOLECULE_FIELDS if molecules else FIELDS).items():
+    fields = fields_of(line.get("settings", {}))
+    for field, inner in fields.items():
         if field not in line:
             raise ValueError(f"A line must have the field `{field}`, but the one of key {line.get('key')!r} lacks it.")
         for name in inner:
@@ -53,14 +64,18 @@ def check_line(line: dict) -> None:
                 raise ValueError(f"`{field}` must have {list(inner)}, but lacks {name!r} in {line['key']!r}.")
     for text, value in losses(line).items():
         if value is not None and not math.isfinite(value):
-            found = f"`{'nats_per_token' if molecules else 'bits_per_byte'}[{text!r}]`"
+            found = f"`{'nats_per_token' if 'nats_per_token' in fields else 'bits_per_byte'}[{text!r}]`"
             raise ValueError(f"{found} must be finite, or null of a diverged run, but got {value} in {line['key']!r}.")
 
 
 def figure(line: dict, name: str) -> float | None:
-    """A loss on a text, or the share of a line's samples in a class."""
+    """A loss on a text, the share of samples in a class, or that of right answers, as in "longer/depth 3"."""
     if name in SAMPLE_CLASSES:
         return line["samples"][name] / line["samples"]["count"]
+    split, _, kind = name.partition("/")
+    if kind:
+        right, count = line["accuracy"][split][kind]
+        return right / count
     return losses(line)[name]
 
 
@@ -154,10 +169,26 @@ class ExperimentResults:
         return [model for model in self.models if model.mean("validation") is not None]
 
     @property
+    def splits(self) -> list[str]:
+        """The splits that the answers of a task are counted on; none before the first run."""
+        return list(self.lines[0]["accuracy"]) if self.lines else []
+
+    @property
+    def classes(self) -> dict[tuple[str, str], list[str]]:
+        """Split and word, such as "hops" -> the names of its classes, such as "hops 1", in order."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for split in self.splits:
+            for name in self.lines[0]["accuracy"][split]:
+                word, _, value = name.partition(" ")
+                if value:
+                    found.setdefault((split, word), []).append(name)
+        return found
+
+    @property
     def loss(self) -> str:
         """The loss that chooses the learning rates, in words."""
-        molecules = self.report == "molecules"
-        return "nats per token on validation molecules" if molecules else "bits per byte on validation text"
+        losses = {"molecules": "nats per token on validation molecules", "task": "nats per token on validation rows"}
+        return losses.get(self.report, "bits per byte on validation text")
 
     def compare(self, name: str, reference: str | None = None) -> Comparison:
         """Paired differences in a loss or share, to the first reference unless another is named."""

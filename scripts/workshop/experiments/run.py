@@ -13,19 +13,26 @@ from transformers.utils import logging as library_logging
 
 from workshop import training
 from workshop.data import make_blocks
-from workshop.experiments.molecules import outcome
+from workshop.experiments import molecules, tasks
 from workshop.experiments.plan import Run
 from workshop.files import finite
 from workshop.molecules import training as molecule_training
 from workshop.resuming import last_whole_checkpoint
+from workshop.tasks import training as task_training
+from workshop.tasks.rows import draw_rows, make_task
 from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
 
 # How often a run logs its training loss, measures its validation loss (on so many blocks), and saves itself.
 LOGGED_POINTS = 64
 EVALUATED_POINTS = 8
 CURVE_BLOCKS = 64
-CURVE_MOLECULES = 512
+CURVE_ROWS = 512
 CHECKPOINTS = 4
+
+
+def has_rows(settings: dict) -> bool:
+    """Whether a run reads rows of unequal length, molecules or those of a task, and not blocks of text."""
+    return "smiles" in settings or "task" in settings
 
 
 class Progress(TrainerCallback):
@@ -70,8 +77,8 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
         disable_tqdm=True,
-        # Blocks are equally long, molecules are not.
-        include_num_input_tokens_seen="non_padding" if "smiles" in settings else "no",
+        # Blocks are equally long, rows are not.
+        include_num_input_tokens_seen="non_padding" if has_rows(settings) else "no",
         **settings["training"],
     )
     batch_size = arguments.train_batch_size * parts * arguments.world_size
@@ -112,6 +119,34 @@ def curve(history: list[dict], key: str, tokens_per_step: int) -> list[list]:
     return [[tokens_seen(entry, tokens_per_step), finite(entry[key])] for entry in history if key in entry]
 
 
+def prepare(run: Run, data_dir: Path, folder: Path, tokenizer: Path) -> tuple[Trainer, Callable[[], dict]]:
+    """The Trainer of a run, and what is to be called at its end: the losses and figures of its line."""
+    settings, arguments = run.settings, training_arguments(run, folder)
+    configuration = folder / "start"
+    configuration.mkdir(exist_ok=True)
+    (configuration / "config.json").write_text(json.dumps(settings["config"]), encoding="utf-8")
+    model = ModelArguments(config_name=str(configuration), tokenizer_name=str(tokenizer))
+    if "task" in settings:
+        task = make_task(settings["task"])
+        rows = draw_rows(task, settings["evaluation_blocks"])
+        trainer = task_training.make_trainer(model, arguments, task, rows, CURVE_ROWS)
+        return trainer, lambda: tasks.outcome(trainer, task, rows)
+    files = {name: str(data_dir / file) for name, file in settings["text"].items()}
+    smiles = "smiles" in settings
+    data = DataArguments(
+        train_file=files["train"],
+        validation_file=files["validation"],
+        block_size=settings["block_size"],
+        max_eval_samples=CURVE_ROWS if smiles else CURVE_BLOCKS,
+    )
+    if smiles:
+        trainer = molecule_training.make_trainer(model, data, arguments)
+        return trainer, lambda: molecules.outcome(trainer, settings, files["validation"])
+    trainer = training.make_trainer(model, data, arguments)
+    texts = ("validation", "foreign")
+    return trainer, lambda: {"bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in texts}}
+
+
 def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, report: Callable[[float], None]) -> dict:
     """
     Trains and evaluates one run in `runs_folder/<key>`, where the model stays, and returns its results.
@@ -123,24 +158,11 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
         report: is told the FLOPs of each step.
     """
     started, settings = time.time(), run.settings
-    smiles = "smiles" in settings
     datasets.disable_progress_bars()
     library_logging.disable_progress_bar()
     folder = runs_folder / run.key
     folder.mkdir(parents=True, exist_ok=True)
-    configuration = folder / "start"
-    configuration.mkdir(exist_ok=True)
-    (configuration / "config.json").write_text(json.dumps(settings["config"]), encoding="utf-8")
-    files = {name: str(data_dir / file) for name, file in settings["text"].items()}
-    data = DataArguments(
-        train_file=files["train"],
-        validation_file=files["validation"],
-        block_size=settings["block_size"],
-        max_eval_samples=CURVE_MOLECULES if smiles else CURVE_BLOCKS,
-    )
-    model = ModelArguments(config_name=str(configuration), tokenizer_name=str(tokenizer))
-    module = molecule_training if smiles else training
-    trainer = module.make_trainer(model, data, training_arguments(run, folder))
+    trainer, evaluate = prepare(run, data_dir, folder, tokenizer)
     progress = Progress(run.flops / settings["steps"], report)
     trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)
@@ -148,19 +170,15 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
     trainer.save_model()
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     history = list(trainer.state.log_history)  # the evaluations below are logged too
-    if smiles:
-        found = outcome(trainer, settings, files["validation"])
-    else:
-        texts = ("validation", "foreign")
-        found = {"bits_per_byte": {name: bits_per_byte(trainer, run, files[name]) for name in texts}}
-    measure = "eval_nats_per_token" if smiles else "eval_bits_per_byte"
+    found = evaluate()
+    rows = has_rows(settings)
     return {
-        "tokens": trainer.state.num_input_tokens_seen if smiles else settings["steps"] * tokens_per_step,
+        "tokens": trainer.state.num_input_tokens_seen if rows else settings["steps"] * tokens_per_step,
         "steps": settings["steps"],
         "flops": run.flops,
         **found,
         "training_curve": curve(history, "loss", tokens_per_step),
-        "validation_curve": curve(history, measure, tokens_per_step),
+        "validation_curve": curve(history, f"eval_{'nats_per_token' if rows else 'bits_per_byte'}", tokens_per_step),
         "wall_seconds": round(time.time() - started, 1),
         "resumed_from_step": progress.resumed_from_step,
     }

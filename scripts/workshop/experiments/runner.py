@@ -20,11 +20,13 @@ from workshop.data import load_file
 from workshop.experiments.plan import Experiment, Run
 from workshop.experiments.run import train_run
 from workshop.experiments.store import append_line, losses, read_lines, text_folder
+from workshop.experiments.tasks import describe_rows
 from workshop.molecules.judging import check_rdkit
 from workshop.molecules.rows import read_molecules
 from workshop.provenance import machine
 from workshop.tokenizers import (
     SPECIAL_TOKENS,
+    make_word_tokenizer,
     save_tokenizer,
     split_smiles,
     train_smiles_tokenizer,
@@ -79,7 +81,12 @@ def held(name: str, path: Path):
 
 
 def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str, str]]:
-    """File name and SHA-256 of each text of an experiment. Raises an error that names it where it cannot be read."""
+    """
+    File name and SHA-256 of each text of an experiment, or of the rows of its task. Raises an error that names a text
+    which cannot be read.
+    """
+    if experiment.drawn is not None:
+        return describe_rows(experiment.drawn, experiment.evaluation_blocks)
     described = {}
     for name, file in experiment.text.items():
         if not (data_dir / file).is_file():
@@ -89,10 +96,18 @@ def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str,
     return described
 
 
+def read_the_same(settings: dict, experiment: Experiment) -> bool:
+    """Whether a finished run read the texts that an experiment names, or so many rows of its task."""
+    if experiment.task is None:
+        return settings["text"] == experiment.text
+    now = (experiment.task, experiment.evaluation_blocks)
+    return (settings.get("task"), settings.get("evaluation_blocks")) == now
+
+
 def check_same_text(text: dict, lines: list[dict], experiment: Experiment) -> None:
     """Refuses to mix runs on texts that share only their names."""
     for line in lines:
-        if line["settings"]["text"] == experiment.text and line["text"] != text:
+        if read_the_same(line["settings"], experiment) and line["text"] != text:
             raise ValueError(
                 f"`data_dir` must hold the text that the finished runs were trained on, but run {line['key']} of "
                 f"{line['experiment']} has other digests: {line['text']}, here {text}."
@@ -117,14 +132,17 @@ def check_molecules(experiment: Experiment, data_dir: Path) -> None:
 def make_tokenizer(experiment: Experiment, data_dir: Path, folder: Path) -> Path:
     """
     Of `vocab_size` ids, from the training text: that of SMILES, or a byte-level BPE, of which 259 ids are the bytes.
+    That of a task has its words.
     """
     tokenizer = folder / f"tokenizer-{experiment.vocab_size}"
     if not tokenizer.exists():
-        path = data_dir / experiment.text["train"]
-        if experiment.smiles is not None:
-            trained = train_smiles_tokenizer(read_molecules("train", path))
+        if experiment.drawn is not None:
+            trained = make_word_tokenizer(experiment.drawn.words, experiment.drawn.template)
+        elif experiment.smiles is not None:
+            trained = train_smiles_tokenizer(read_molecules("train", data_dir / experiment.text["train"]))
         else:
-            trained = train_tokenizer(list(load_file("train", str(path))["text"]), experiment.vocab_size)
+            documents = load_file("train", str(data_dir / experiment.text["train"]))
+            trained = train_tokenizer(list(documents["text"]), experiment.vocab_size)
         unfinished = tokenizer.with_name(f"{tokenizer.name}.unfinished")
         save_tokenizer(trained, unfinished, model_max_length=experiment.block_size)
         unfinished.rename(tokenizer)

@@ -3,14 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, EvalPrediction, SchedulerType, Trainer, set_seed
+from transformers import DataCollatorForLanguageModeling, SchedulerType, Trainer, set_seed
 
-from workshop.elastic import ElasticTrainer
 from workshop.files import ROOT, check_folder
-from workshop.molecules.rows import LengthGroups, make_rows, read_molecules
+from workshop.molecules.rows import make_rows, read_molecules
 from workshop.molecules.spelling import write_spellings
+from workshop.padded_rows import RowTrainer, nats_per_token, row_losses
 from workshop.resuming import choose_checkpoint
 from workshop.settings import check_counts
 from workshop.training import (
@@ -81,35 +79,11 @@ class MoleculeTrainingArguments(SpiralTrainingArguments):
 MOLECULE_ARGUMENTS = (MoleculeModelArguments, MoleculeDataArguments, MoleculeTrainingArguments)
 
 
-def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed loss in nats and count of the predicted tokens of each row, `(B, 2)`; padding is not predicted."""
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], reduction="none")
-    return torch.stack([losses.sum(dim=1), (labels[:, 1:] != -100).sum(dim=1).float()], dim=1)
-
-
-def nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss over all tokens that are predicted: rows of more tokens count more, whatever the batches."""
-    losses, counts = prediction.predictions.astype("float64").sum(axis=0)
-    return {"nats_per_token": float(losses / counts)}
-
-
-class MoleculeTrainer(ElasticTrainer):
-    """A Trainer whose grouping by length goes on as it began where a run is resumed."""
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups([len(ids) for ids in rows["input_ids"]], batch_size, seed)
-
-
 def make_trainer(
     model_arguments: ModelArguments,
     data_arguments: DataArguments | MoleculeDataArguments,
     training: SpiralTrainingArguments,
-) -> MoleculeTrainer:
+) -> RowTrainer:
     """
     As `training.make_trainer`, with a molecule a row, padded to the longest of its batch. Random spellings, where they
     are asked for, are drawn by the seed of the data, and kept in `output_dir`.
@@ -129,7 +103,7 @@ def make_trainer(
         trained = read_molecules("train_file", path)
         described = f"{described[:-1]}, {count} random spellings of each molecule."
     rows = make_rows(trained, tokenizer, block_size)
-    trainer = MoleculeTrainer(
+    trainer = RowTrainer(
         model=model,
         args=training,
         train_dataset=rows,

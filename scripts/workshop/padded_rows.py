@@ -1,0 +1,60 @@
+"""Training on rows of unequal length: padded to the longest of their batch, grouped by length, loss per token."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from workshop.elastic import ElasticTrainer
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed loss in nats and count of the predicted tokens of each row, `(B, 2)`; padding is not predicted."""
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], reduction="none")
+    return torch.stack([losses.sum(dim=1), (labels[:, 1:] != -100).sum(dim=1).float()], dim=1)
+
+
+def nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss over all tokens that are predicted: rows of more tokens count more, whatever the batches."""
+    losses, counts = prediction.predictions.astype("float64").sum(axis=0)
+    return {"nats_per_token": float(losses / counts)}
+
+
+class LengthGroups(torch.utils.data.Sampler):
+    """
+    Rows in batches of like length, as the library groups them, and the batches in random order. The library's own
+    sampler draws from the global random state, which a resumed run has lost: here seed and epoch decide.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each pass over the rows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        (state,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state))
+        grouped = torch.tensor(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        *batches, last = grouped.split(self.batch_size)  # the last one may be smaller
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return iter(torch.cat([batches[index] for index in order] + [last]).tolist())
+
+
+class RowTrainer(ElasticTrainer):
+    """A Trainer whose grouping by length goes on as it began where a run is resumed."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups([len(ids) for ids in rows["input_ids"]], batch_size, seed)

@@ -1,0 +1,1 @@
+"""Synthetic tasks with published definitions: rows drawn by a seed, training, right answers (docs/experiments.md)."""
