@@ -10,11 +10,12 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz table memory \
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz table memory \
 	benchmark results results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
+	@echo "make molecules    let a committed model write molecules, judge them and draw them: less than a minute"
 	@echo "make test         linter, types, spelling and tests"
 	@echo "make test-fast    tests of reference, cache, chunks and configuration: the first to run after a change"
 	@echo "make test-real    tests on a real checkpoint, 98 MB from the package index, which docs/real_models.md is about"
@@ -53,6 +54,9 @@ $(STAMP): setup.py constraints.txt
 
 quickstart: $(STAMP)
 	$(RUN) scripts/quickstart.py
+
+molecules: $(STAMP)
+	$(RUN) scripts/draw_molecules.py
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)

@@ -30,7 +30,7 @@ def pytest_configure(config):
 @pytest.fixture
 def workplace(tmp_path) -> Path:
     """A folder that looks like the repository to a command, and takes what the command writes."""
-    for name in ("configuration", "examples", "scripts", "tokenization"):
+    for name in ("checkpoints", "configuration", "examples", "scripts", "tokenization"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 2000, encoding="utf-8")
     return tmp_path

@@ -41,6 +41,7 @@ def make_card(
     training_data: str | None = None,
     evaluation: dict[str, float | str] | None = None,
     settings: dict[str, object] | None = None,
+    with_code: bool = True,
 ) -> ModelCard:
     """
     A card with metadata, description, usage, training data, evaluation and limits.
@@ -54,6 +55,7 @@ def make_card(
         training_data: the same in words.
         evaluation: figures by name, of held-out text. With a `dataset` those that are finite are metadata too.
         settings: settings of the training by name.
+        with_code: whether the code of the model is beside the weights, or in the package alone.
     """
     auto_class = auto_class_of(model)
     task, name = PIPELINES[auto_class], repo_id.split("/")[-1]
@@ -73,7 +75,7 @@ def make_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["spiralformer", "custom_code"],
+        tags=["spiralformer", *(["custom_code"] if with_code else [])],
         license=license,
         language=language,
         base_model=base_model,
@@ -95,6 +97,7 @@ def make_card(
         training_data=training_data or (None if dataset is None else f"The data set `{dataset}`."),
         evaluation=evaluation,
         settings=settings or {},
+        with_code=with_code,
     )
 
 

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import EvalPrediction
+from transformers import DataCollatorForLanguageModeling, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from workshop.elastic import ElasticTrainer
+
+ROWS_AT_ONCE = 256
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -21,6 +23,17 @@ def nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
     """Loss over all tokens that are predicted: rows of more tokens count more, whatever the batches."""
     losses, counts = prediction.predictions.astype("float64").sum(axis=0)
     return {"nats_per_token": float(losses / counts)}
+
+
+@torch.no_grad()
+def losses_of_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> np.ndarray:
+    """What a model loses on each row, without a Trainer: `row_losses` in float64, `(rows, 2)`."""
+    collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
+        labels = batch.pop("labels")
+        found.append(row_losses(model(**batch.to(model.device), use_cache=False).logits.cpu(), labels))
+    return torch.cat(found).double().numpy()
 
 
 class LengthGroups(torch.utils.data.Sampler):

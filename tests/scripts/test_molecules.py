@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -273,10 +274,13 @@ def test_the_commands_of_the_page(data, tmp_path):
     (tmp_path / "molecules").rename(tmp_path / "data" / "zinc_jtnn")
     small = {
         "train": ["--config_overrides", SMALL, "--max_steps", "2"],
+        "draw": ["--samples", "20", "--pass_samples", "4", "--output_dir", "runs/drawn"],
+        "keep": ["--samples", "20", "--commit", "0123abc"],
         "evaluate": ["--samples", "40", "--resamples", "5", "--pass_samples", "10", "--head_steps", "1"],
     }
-    found = [line.split() for line in commands("docs/molecules.md") if line.startswith("python scripts/")]
-    assert [Path(words[1]).stem for words in found] == ["train_molecules", "evaluate_molecules"]
+    found = [shlex.split(line) for line in commands("docs/molecules.md") if line.startswith("python scripts/")]
+    names = ["draw_molecules", "train_molecules", "evaluate_molecules", "keep_molecules"]
+    assert [Path(words[1]).stem for words in found] == names
     for _, script, *words in found:
         changes = small[Path(script).stem.split("_")[0]]
         run([sys.executable, str(ROOT / script), *words, *changes], tmp_path)
@@ -293,6 +297,9 @@ def test_the_commands_of_the_page(data, tmp_path):
             valid
         )
     assert (tmp_path / "runs" / "molecules_evaluation" / "passes.png").is_file()
+    assert (tmp_path / "runs" / "drawn" / "passes.png").is_file()
+    kept = json.loads((tmp_path / "checkpoints" / "mine" / "figures.json").read_text())
+    assert kept["samples"]["count"] == 20 and kept["settings"]["steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torchao.utils import TorchAOBaseTensor
 import compare_probes
 import compare_quantised
 from modeling_spiralformer import SpiralFormerForCausalLM
+from workshop import padded_rows
 from workshop.experiments import trained
 from workshop.experiments.plan import load_experiment
 from workshop.experiments.probing import join_seeds
@@ -24,8 +25,9 @@ from workshop.experiments.quantised import change_cell
 from workshop.experiments.store import append_line, run_folder
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
 from workshop.molecules import quantising
-from workshop.molecules.quantising import Weights, linear_layers, molecule_losses, quantise, ratio
+from workshop.molecules.quantising import Weights, linear_layers, quantise, ratio
 from workshop.molecules.rows import make_rows
+from workshop.padded_rows import losses_of_rows
 from workshop.probes.measures import METRICS, choose_molecules, collect
 
 LOOP = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1}
@@ -210,11 +212,11 @@ def test_a_matrix_that_stays_as_it_was_is_an_error(workshop, monkeypatch):
 
 
 def test_losses_are_those_of_each_molecule_alone(workshop, monkeypatch):
-    monkeypatch.setattr(quantising, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(padded_rows, "ROWS_AT_ONCE", 5)
     quantised, _ = quantise(trained_model(workshop, "spiral"), Weights(4))
     with torch.no_grad():
         expected = [alone(quantised, smiles) for smiles in MOLECULES]
-    found = molecule_losses(quantised, TOKENIZER, make_rows(MOLECULES, TOKENIZER, 24))
+    found = losses_of_rows(quantised, TOKENIZER, make_rows(MOLECULES, TOKENIZER, 24))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -241,7 +243,7 @@ def test_models_are_compared_on_the_same_molecules(workshop, tmp_path, capsys):
     for item in load_trained(asked(workshop, sweep=True))[2]:
         model = SpiralFormerForCausalLM.from_pretrained(item.folder).eval()
         quantised, _ = quantise(model, Weights(4))
-        losses[item.model] = [molecule_losses(chosen, TOKENIZER, rows) for chosen in (model, quantised)]
+        losses[item.model] = [losses_of_rows(chosen, TOKENIZER, rows) for chosen in (model, quantised)]
     for found in results:
         before, after = losses[found["model"]]
         counts, way = before[:, 1], found["ways"]["int4, rows"]

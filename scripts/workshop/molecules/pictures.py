@@ -4,11 +4,19 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from workshop.molecules.judging import SAMPLE_CLASSES, share
+from workshop.molecules.judging import SAMPLE_CLASSES, read_smiles, share
 from workshop.plotting import GREEN, GREY, ORANGE, PURPLE, VERMILION, add_legend, new_figure, save
 
 CLASS_COLOURS = dict(zip(SAMPLE_CLASSES, (GREEN, PURPLE, ORANGE, VERMILION, GREY), strict=True))
 HEADS = {"own": "stopped after a pass, the model's own head", "linear": "a linear head for each pass"}
+
+
+def draw_grid(molecules: list[str], path: Path, columns: int = 6) -> None:
+    """The structures of valid SMILES, drawn by RDKit in rows of `columns`."""
+    from rdkit.Chem import Draw
+
+    drawn = [read_smiles(smiles) for smiles in molecules]
+    Draw.MolsToGridImage(drawn, molsPerRow=columns, subImgSize=(260, 200), returnPNG=False).save(path)
 
 
 def draw_passes(rows: list[dict], path: Path) -> None:

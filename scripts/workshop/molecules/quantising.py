@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import norm
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workshop.molecules.judging import CONFIDENCE
-from workshop.molecules.training import row_losses
-
-ROWS_AT_ONCE = 256
+from workshop.padded_rows import losses_of_rows
 
 
 def check_torchao() -> None:
@@ -86,17 +84,6 @@ def quantise(model: PreTrainedModel, weights: Weights) -> tuple[PreTrainedModel,
     return quantised, {name: size / total for name, size in sizes.items()}
 
 
-@torch.no_grad()
-def molecule_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> np.ndarray:
-    """Summed loss in nats and count of the predicted tokens of each row `(rows, 2)`."""
-    collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
-        labels = batch.pop("labels")
-        found.append(row_losses(model(**batch.to(model.device), use_cache=False).logits.cpu(), labels))
-    return torch.cat(found).double().numpy()
-
-
 def ratio(sums: np.ndarray, counts: np.ndarray) -> dict[str, float | list[float]]:
     """
     A sum over molecules per token, with its 95% interval over draws of molecules: a ratio of two means, whose error is
@@ -122,13 +109,13 @@ def compare_quantised(
     Args:
         done: is called after each evaluation.
     """
-    before = molecule_losses(model, tokenizer, rows)
+    before = losses_of_rows(model, tokenizer, rows)
     done()
     figures: dict = {"nats_per_token": before[:, 0].sum() / before[:, 1].sum(), "ways": {}}
     gains = {}
     for way in ways:
         quantised, shares = quantise(model, way)
-        after = molecule_losses(quantised, tokenizer, rows)
+        after = losses_of_rows(quantised, tokenizer, rows)
         done()
         gains[way.name] = after[:, 0] - before[:, 0]
         figures["ways"][way.name] = {

@@ -27,6 +27,16 @@ def cell(figure: Figure, percent: bool) -> tuple[str, str]:
     return value, f"{low} to {high}"
 
 
+def classes_table(counts: dict) -> str:
+    """A row a class of samples, and one of different molecules: count, share and 95% interval."""
+    total = counts["count"]
+    rows = [("figure", f"of {total} samples", "count", "share", "95% interval")]
+    for name in (*SAMPLE_CLASSES, "unique"):
+        found = share(counts[name], counts["valid"] if name == "unique" else total)
+        rows.append((name, WORDS[name], str(counts[name]), *cell(found, percent=True)))
+    return plain_table(rows, text_columns=2)
+
+
 def figures_table(figures: dict, count: int) -> str:
     """A row a figure, its value and 95% interval; below the table what was not measured, and why."""
     rows, missing = [("figure", f"of {count} samples", "value", "95% interval")], []
