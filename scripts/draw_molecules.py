@@ -34,7 +34,7 @@ class DrawingArguments:
     )
     samples: int = field(default=1000, metadata={"help": "How many molecules are drawn from the model."})
     pass_samples: int = field(default=200, metadata={"help": "How many from the model stopped after each pass."})
-    shown: int = field(default=24, metadata={"help": "How many of the valid ones are in the picture."})
+    shown: int = field(default=12, metadata={"help": "How many of the valid ones are in the picture."})
     seed: int = field(default=0, metadata={"help": "Of the samples."})
     output_dir: str = field(default=str(ROOT / "runs" / "molecules"), metadata={"help": "Where the pictures go."})
 

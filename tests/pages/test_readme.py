@@ -88,7 +88,8 @@ def test_the_table_is_what_the_command_prints():
 
 def test_the_figures_are_drawn_by_their_script(tmp_path):
     run([sys.executable, "scripts/draw_figures.py", "--output_dir", str(tmp_path)], ROOT)
-    # test_cache_memory.py and test_benchmark.py draw them.
+    # test_cache_memory.py, test_benchmark.py and test_kept_molecules.py draw them.
     by_other_commands = {"cache_memory.png", "benchmark.png", "benchmark_llama.png"}
+    by_other_commands |= {"molecules.png", "molecules_passes.png"}
     drawn = {path.name for path in tmp_path.iterdir()} | by_other_commands
     assert drawn == {path.name for path in (ROOT / "docs").glob("*.png")}

@@ -18,6 +18,7 @@ pytest.importorskip("rdkit")
 from rdkit import Chem  # noqa: E402
 
 CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
+PAGE = (ROOT / "docs" / "molecules.md").read_text()
 LARGEST = 4_000_000  # bytes of all checkpoints together
 MOLECULES = ["CCO", "CC(=O)Nc1ccc(O)cc1", "c1ccc2c(c1)cccc2Br", "FC(F)(Cl)C#N", "CS(C)=O", "C1CC2CCC1C2"]
 SMALL = "hidden_size=16,intermediate_size=32,num_attention_heads=2,num_key_value_heads=2,head_dim=8"
@@ -41,6 +42,16 @@ def test_a_checkpoint_is_what_its_card_says(folder):
     assert f"of {model.num_parameters():,} parameters" in card
     assert f"{100 * samples['valid'] / samples['count']:.1f}% (" in card
     assert f"| {figures['validation']['nats_per_token']:.4f} |" in card
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{folder.name}` |"))
+    low, high = (f"{100 * bound:.1f}%" for bound in samples["valid_interval"])
+    for cell in (
+        f"{model.num_parameters():,}",
+        f"{figures['validation']['nats_per_token']:.4f}",
+        f"({low} to {high})",
+    ):
+        assert f" {cell} " in row
+    errors = [f"{100 * samples[kind] / samples['count']:.1f}%" for kind in ("bracket", "ring", "valence", "other")]
+    assert f" {', '.join(errors)} " in row
     assert figures["command"] in card and figures["commit"] in card and figures["training_rows"] in card
 
 

@@ -284,7 +284,7 @@ def lowest_ratio(results: ExperimentResults) -> str:
             parts.append(f"Its difference to ratio 0 (`{model.name}`) {verb} resolved.")
     others = [name for name in comparison.differences if name not in resolved]
     parts.append(f"Resolved above it: {names(resolved)}; not resolved: {names(others)}.")
-    parts.append(resolution(comparison, "validation"))
+    parts.append(resolution(comparison, "validation text"))
     parts.append("It is the lowest of several noisy means, so its own is likely to be a little too low.")
     return " ".join(parts)
 
