@@ -117,6 +117,15 @@ def test_a_commit_that_is_none_is_refused(kept, tmp_path):
         keep_molecules.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
 
 
+def test_a_run_that_has_not_finished_is_refused(kept, tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    words = {"model": tmp_path, "validation_file": "x", "output_dir": kept[2], "command": "x", "commit": "0123abc"}
+    with pytest.raises(
+        ValueError, match="`model` must be the folder of a finished run, but .* lacks trainer_state.json"
+    ):
+        keep_molecules.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
+
+
 # -- drawing them -----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 
 from workshop.files import write_json
 from workshop.model_card import make_card
@@ -42,7 +43,14 @@ def check_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def read_run(folder: Path) -> dict:
-    """What a finished run of `train_molecules.py` was: its settings, its steps, and the digest of its rows."""
+    """What a finished run of `train_molecules.py` was: its settings, its steps, and the digest of its rows.
+
+    Raises ValueError for a folder that is none.
+    """
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"`model` must be the folder of a finished run, but {str(folder)!r} lacks {TRAINER_STATE_NAME}."
+        )
     record, state = saved_record(folder), read_state(folder)
     settings = {name: record[name] for name in SETTINGS} | {"steps": state["global_step"]}
     return {"settings": settings, "training_rows": record["training text"]}
