@@ -52,6 +52,11 @@ def stale_files(texts: dict[Path, str]) -> list[str]:
     ]
 
 
+def writer_of(kind: str, hierarchy: Hierarchy) -> Callable[[ExperimentResults, dict[str, str]], str]:
+    """What writes the report of an experiment of that kind."""
+    return {"molecules": partial(molecules_report, hierarchy=hierarchy), "task": tasks_report}.get(kind, report)
+
+
 def main(arguments: ReportArguments) -> None:
     folder = Path(arguments.output_dir)
     check_text_file("runs", arguments.runs)
@@ -59,12 +64,11 @@ def main(arguments: ReportArguments) -> None:
         check_folder("output_dir", folder, [f"{Path(path).stem}.md" for path in arguments.experiments])
     lines, hierarchy = read_lines(arguments.runs), Hierarchy.load(arguments.hierarchy)
     everything = [ExperimentResults.gather(load_experiment(path), lines) for path in arguments.experiments]
-    writers: dict[str, Callable] = {"molecules": partial(molecules_report, hierarchy=hierarchy), "task": tasks_report}
     texts: dict[Path, str] = {}
     drawn: list[Picture] = scaling_picture(everything)
     for results in everything:
         own = pictures(results) + hierarchy_pictures(results, hierarchy)
-        write = writers.get(results.report, report)
+        write = writer_of(results.report, hierarchy)
         texts[folder / f"{results.name}.md"] = write(results, {picture.file: picture.shows for picture in own})
         drawn += own
     if arguments.check:

@@ -26,11 +26,20 @@ def separate_routers(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: 
 
 
 class RouterRateTrainer(CardTrainer):
-    """A `Trainer` that gives the routers of MeSH the rate that `router_learning_rate_ratio` says."""
+    """
+    A `Trainer` that gives the routers of MeSH a rate of their own.
+
+    Args:
+        router_learning_rate_ratio: how many times the learning rate, without weight decay; None: like all others.
+    """
+
+    def __init__(self, *args, router_learning_rate_ratio: float | None = None, **kwargs):
+        self.router_learning_rate_ratio = router_learning_rate_ratio
+        super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As the library's, with the routers in a group of their own."""
-        is_new, ratio = self.optimizer is None, self.args.router_learning_rate_ratio
+        is_new, ratio = self.optimizer is None, self.router_learning_rate_ratio
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and ratio is not None:
             separate_routers(optimizer, self.model, ratio)

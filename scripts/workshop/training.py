@@ -171,6 +171,7 @@ def make_trainer(
         preprocess_logits_for_metrics=drop_logits,
         training_data=describe_data(data_arguments),
         schedules=training.schedules,
+        router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
     if training.do_train:
         trainer.add_callback(record_run(model.config, training, blocks["train"]))

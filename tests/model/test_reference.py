@@ -43,6 +43,7 @@ def make_config(**settings):
         "up_scaling": "allocation",
         "topology": "mesh",
         "num_memory_slots": None,
+        "first_routers": None,
         "num_streams": None,
         "share_core": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},

@@ -6,7 +6,7 @@ import pytest
 from experiment_lines import LOOPED, PLAIN, SPIRAL_B, MadeUpExperiment, looped, make_line, make_task_line
 from test_report import cells, section
 
-from report import WRITERS
+from report import writer_of
 from workshop.experiments import pictures
 from workshop.experiments.results import TASK_FIELDS, ExperimentResults
 from workshop.experiments.tasks_report import tasks_report
@@ -100,4 +100,4 @@ def test_every_prefix_of_a_store_gives_a_report_and_pictures(tmp_path):
 
 
 def test_the_command_writes_a_report_of_each_kind_with_its_own():
-    assert WRITERS["task"] is tasks_report
+    assert writer_of("task", hierarchy=None) is tasks_report

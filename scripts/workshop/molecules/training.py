@@ -114,6 +114,7 @@ def make_trainer(
         preprocess_logits_for_metrics=row_losses,
         training_data=described,
         schedules=training.schedules,
+        router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
     trainer.add_callback(record_run(model.config, training, rows))
     return trainer

@@ -35,6 +35,7 @@ def make_trainer(
         preprocess_logits_for_metrics=row_losses,
         training_data=f"{task.title}, {len(trained):,} rows drawn by a seed.",
         schedules=training.schedules,
+        router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
     trainer.add_callback(record_run(model.config, training, trained))
     return trainer
