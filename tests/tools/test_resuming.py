@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from short_runs import train_shortly, write_text
 
-import train
 from workshop import resuming
-from workshop.corpus import standard_library_root
 from workshop.experiments.run import last_whole_checkpoint
 
 SMALL = "hidden_size=32,intermediate_size=64,num_attention_heads=2,num_prelude_layers=1,num_core_layers=1"
@@ -21,17 +20,11 @@ MODEL = f"{SMALL},topology=anchor,hidden_dropout=0.1"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text((standard_library_root() / "textwrap.py").read_text(encoding="utf-8"), encoding="utf-8")
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def run(text: str, output: Path, overrides: str = MODEL, **changes):
-    """Trains for four steps of two rows, saving after two; `changes` replace settings."""
-    settings = {"train_file": text, "output_dir": str(output), "config_overrides": overrides, "block_size": "64"}
-    settings |= {"per_device_train_batch_size": "2", "learning_rate": "1e-2", "max_steps": "4", "save_steps": "2"}
-    settings |= {"report_to": "none", "do_eval": "False", "disable_tqdm": "True", "logging_steps": "1"} | changes
-    return train.main([word for name, value in settings.items() for word in (f"--{name}", value)])
+    return train_shortly(text, output, overrides, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -4,26 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import train_shortly, write_text
 
-import train
 from modeling_spiralformer.topology_spiralformer import SpiralFormerMeSH
-from workshop.corpus import standard_library_root
 
 MODEL = "topology=mesh,hidden_size=16,intermediate_size=32,num_attention_heads=2,chunk_sizes=[4,1]"
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text((standard_library_root() / "textwrap.py").read_text(encoding="utf-8"), encoding="utf-8")
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def run(text: str, output: Path, overrides: str = MODEL, **changes):
-    settings = {"train_file": text, "output_dir": str(output), "config_overrides": overrides, "block_size": "64"}
-    settings |= {"per_device_train_batch_size": "2", "learning_rate": "1e-2", "max_steps": "4", "save_steps": "2"}
-    settings |= {"report_to": "none", "do_eval": "False", "disable_tqdm": "True", "weight_decay": "0.5"} | changes
-    return train.main([word for name, value in settings.items() for word in (f"--{name}", value)])
+    return train_shortly(text, output, overrides, **{"weight_decay": "0.5", **changes})
 
 
 def routers_of(model) -> dict[str, torch.Tensor]:
