@@ -13,11 +13,10 @@ from transformers import HfArgumentParser
 
 from workshop.evaluation import load
 from workshop.files import ROOT, check_folder, write_json
-from workshop.molecules.committed import SAMPLING
 from workshop.molecules.judging import check_rdkit, classes_of, judge
 from workshop.molecules.passes import check_loop, errors_by_pass
 from workshop.molecules.pictures import draw_grid, draw_passes
-from workshop.molecules.sampling import sample
+from workshop.molecules.sampling import SAMPLING, sample
 from workshop.molecules.tables import classes_table, passes_table
 from workshop.settings import LARGEST_SEED, check_counts, check_numbers
 
@@ -53,13 +52,13 @@ def main(argv: list[str]) -> dict:
     check_loop(model)
     options = {"seed": arguments.seed, **SAMPLING}
     samples = sample(model, tokenizer, arguments.samples, **options)
-    counts = judge(samples)
+    classes = classes_of(samples)
+    counts = judge(samples, classes)
     print(f"{model.num_parameters():,} parameters, passes of chunk sizes {model.config.chunk_sizes}\n")
     print(classes_table(counts))
     passes = list(errors_by_pass(model, tokenizer, [], None, count=arguments.pass_samples, **options))
     print(f"\n{passes_table(passes)}")
     folder.mkdir(parents=True, exist_ok=True)
-    classes = classes_of(samples)
     valid = [smiles for smiles in dict.fromkeys(samples) if classes[smiles] == "valid"]
     if valid:
         draw_grid(valid[: arguments.shown], folder / "molecules.png")

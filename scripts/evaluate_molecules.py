@@ -19,7 +19,7 @@ from workshop.molecules.measures import measure
 from workshop.molecules.passes import check_loop, errors_by_pass
 from workshop.molecules.pictures import draw_passes
 from workshop.molecules.rows import read_molecules
-from workshop.molecules.sampling import sample
+from workshop.molecules.sampling import SAMPLING, sample
 from workshop.molecules.tables import figures_table, hierarchy_table, passes_table
 from workshop.settings import LARGEST_SEED, check_counts, check_numbers
 
@@ -31,9 +31,11 @@ class MoleculeEvaluationArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a checkpoint with its tokenizer."})
     train_file: str = field(metadata={"help": "The molecules it was trained on, one SMILES a line."})
     samples: int = field(default=10000, metadata={"help": "How many molecules are drawn."})
-    temperature: float = field(default=0.8, metadata={"help": "Of the samples."})
-    top_k: int = field(default=40, metadata={"help": "Tokens that are drawn from."})
-    max_length: int = field(default=120, metadata={"help": "Most tokens of a sample, with bos and eos."})
+    temperature: float = field(default=SAMPLING["temperature"], metadata={"help": "Of the samples."})
+    top_k: int = field(default=SAMPLING["top_k"], metadata={"help": "Tokens that are drawn from."})
+    max_length: int = field(
+        default=SAMPLING["max_length"], metadata={"help": "Most tokens of a sample, with bos and eos."}
+    )
     seed: int = field(default=0, metadata={"help": "Of samples, bootstrap and heads."})
     references: int = field(default=10000, metadata={"help": "Training molecules that FCD is taken to."})
     resamples: int = field(default=200, metadata={"help": "Draws of the bootstrap."})

@@ -8,14 +8,12 @@ from workshop.experiments.report import (
     NOTHING,
     bits_cell,
     costs_table,
-    interval_cell,
     join_report,
-    mean_cell,
     or_nothing,
     resolution,
     scientific,
     share_cell,
-    share_interval_cell,
+    shares_table,
     sweep_budget,
 )
 from workshop.experiments.results import ExperimentResults, ModelResults
@@ -76,28 +74,12 @@ def results_table(results: ExperimentResults) -> str:
     return markdown_table(header, rows, text_columns=2)
 
 
-def difference_table(results: ExperimentResults, reference: str) -> str:
-    """One row a model but for the reference: paired differences in loss and validity."""
-    loss, valid = (results.compare(name, reference) for name in MEASURES)
-    header = ["model", "pairs", "nats per token", "95% interval", "verdict", "valid", "95% interval", "verdict"]
-    rows = []
-    for model in results.models:
-        if model.name == reference:
-            continue
-        mean = loss.mean(model.name)
-        row = [model.name, "0" if mean is None else str(mean.count), mean_cell(mean, "+")]
-        row += [interval_cell(loss.interval(model.name)), loss.verdict(model.name) or NOTHING]
-        row += [share_cell(valid.mean(model.name), "+"), share_interval_cell(valid.interval(model.name))]
-        rows.append([*row, valid.verdict(model.name) or NOTHING])
-    return markdown_table(header, rows)
-
-
 def differences(results: ExperimentResults) -> str:
     """How to read a table of differences, and the table for each reference."""
     parts = [DIFFERENCES]
     for reference in results.references:
         resolved = [resolution(results.compare(name, reference), f"{words} text") for name, words in MEASURES.items()]
-        parts += [f"### To `{reference}`", difference_table(results, reference), " ".join(resolved)]
+        parts += [f"### To `{reference}`", shares_table(results, reference, {"valid": "valid"}), " ".join(resolved)]
     return "\n\n".join(parts)
 
 

@@ -200,6 +200,32 @@ def difference_table(results: ExperimentResults, reference: str) -> str:
     return markdown_table(header, rows)
 
 
+def shares_table(results: ExperimentResults, reference: str, shares: dict[str, str]) -> str:
+    """
+    One row a model but for the reference: paired differences in nats per token, and in shares.
+
+    Args:
+        shares: words of a column -> the measure that it shows.
+    """
+    loss = results.compare("validation", reference)
+    compared = [results.compare(measure, reference) for measure in shares.values()]
+    header = ["model", "pairs", "nats per token", "95% interval", "verdict"]
+    for words in shares:
+        header += [words, "95% interval", "verdict"]
+    rows = []
+    for model in results.models:
+        if model.name == reference:
+            continue
+        mean = loss.mean(model.name)
+        row = [model.name, "0" if mean is None else str(mean.count), mean_cell(mean, "+")]
+        row += [interval_cell(loss.interval(model.name)), loss.verdict(model.name) or NOTHING]
+        for share in compared:
+            row += [share_cell(share.mean(model.name), "+"), share_interval_cell(share.interval(model.name))]
+            row.append(share.verdict(model.name) or NOTHING)
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
 def resolution(comparison: Comparison, measure: str) -> str:
     """How large a difference has to be seen before it counts."""
     deviation = comparison.run_deviation

@@ -1,17 +1,14 @@
 """The Markdown of a report on a synthetic task: loss and accuracy of each family, and the differences resolved."""
 
 from workshop.experiments.report import (
-    NOTHING,
     bits_cell,
     costs_table,
-    interval_cell,
     join_report,
-    mean_cell,
     or_nothing,
     resolution,
     scientific,
     share_cell,
-    share_interval_cell,
+    shares_table,
     sweep_budget,
 )
 from workshop.experiments.results import ExperimentResults
@@ -66,27 +63,6 @@ def class_tables(results: ExperimentResults) -> list[str]:
     return parts
 
 
-def difference_table(results: ExperimentResults, reference: str) -> str:
-    """One row a model but for the reference: paired differences in loss, and in accuracy on each split."""
-    loss = results.compare("validation", reference)
-    shares = [results.compare(f"{split}/all", reference) for split in results.splits]
-    header = ["model", "pairs", "nats per token", "95% interval", "verdict"]
-    for split in results.splits:
-        header += [f"accuracy, {split}", "95% interval", "verdict"]
-    rows = []
-    for model in results.models:
-        if model.name == reference:
-            continue
-        mean = loss.mean(model.name)
-        row = [model.name, "0" if mean is None else str(mean.count), mean_cell(mean, "+")]
-        row += [interval_cell(loss.interval(model.name)), loss.verdict(model.name) or NOTHING]
-        for share in shares:
-            row += [share_cell(share.mean(model.name), "+"), share_interval_cell(share.interval(model.name))]
-            row.append(share.verdict(model.name) or NOTHING)
-        rows.append(row)
-    return markdown_table(header, rows)
-
-
 def class_difference_tables(results: ExperimentResults, reference: str) -> list[str]:
     """For each split and word a table of paired differences in accuracy; bold where the interval does not hold 0."""
     parts = []
@@ -109,11 +85,12 @@ def class_difference_tables(results: ExperimentResults, reference: str) -> list[
 def differences(results: ExperimentResults) -> list[str]:
     """How to read a table of differences, and the tables for each reference."""
     parts = [DIFFERENCES]
+    shares = {f"accuracy, {split}": f"{split}/all" for split in results.splits}
     for reference in results.references:
         measures = {"validation": "validation loss"}
         measures |= {f"{split}/all": f"accuracy, {split}," for split in results.splits}
         resolved = [resolution(results.compare(name, reference), words) for name, words in measures.items()]
-        parts += [f"### To `{reference}`", difference_table(results, reference), " ".join(resolved)]
+        parts += [f"### To `{reference}`", shares_table(results, reference, shares), " ".join(resolved)]
         parts += class_difference_tables(results, reference)
     return parts
 

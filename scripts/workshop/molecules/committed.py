@@ -15,15 +15,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from workshop.files import write_json
 from workshop.model_card import make_card
-from workshop.molecules.judging import SAMPLE_CLASSES, judge
+from workshop.molecules.judging import SAMPLE_CLASSES, judge, share
 from workshop.molecules.passes import errors_by_pass
 from workshop.molecules.rows import make_rows
-from workshop.molecules.sampling import sample
+from workshop.molecules.sampling import SAMPLING, sample
+from workshop.molecules.tables import cell
 from workshop.padded_rows import losses_of_rows
 from workshop.resuming import read_state, saved_record
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-SAMPLING = {"temperature": 0.8, "top_k": 40, "max_length": 120}  # SMolLM's
 CHECKED, SHOWN = 500, 5  # samples that the test draws, and those whose spelling it compares
 SETTINGS = (
     "learning_rate",
@@ -71,11 +71,6 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validati
     }
 
 
-def percent(share: float) -> str:
-    """A share as a percentage with one decimal."""
-    return f"{100 * share:.1f}%"
-
-
 def write_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, figures: dict, folder: Path, repo_id: str
 ) -> None:
@@ -91,13 +86,13 @@ def write_folder(
     write_json(folder / "config.json", config, indent=2)
     write_json(folder / "figures.json", figures, indent=1)
     validation, samples, total = figures["validation"], figures["samples"], figures["samples"]["count"]
-    low, high = map(percent, samples["valid_interval"])
+    parts = {kind: cell(share(samples[kind], total), percent=True) for kind in SAMPLE_CLASSES}
     evaluation = {
         f"nats per token, {validation['molecules']} validation molecules": f"{validation['nats_per_token']:.4f}",
-        f"valid, of {total} samples (95% interval)": f"{percent(samples['valid'] / total)} ({low} to {high})",
-        "different, of the valid ones": percent(samples["unique"] / max(1, samples["valid"])),
+        f"valid, of {total} samples (95% interval)": "{} ({})".format(*parts["valid"]),
+        "different, of the valid ones": cell(share(samples["unique"], samples["valid"]), percent=True)[0],
     }
-    evaluation |= {f"{kind} errors": percent(samples[kind] / total) for kind in SAMPLE_CLASSES[1:]}
+    evaluation |= {f"{kind} errors": parts[kind][0] for kind in SAMPLE_CLASSES[1:]}
     settings = figures["settings"] | {"command": f"`{figures['command']}`", "commit": figures["commit"]}
     card = make_card(
         model,

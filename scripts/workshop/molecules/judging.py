@@ -79,12 +79,16 @@ def canonical(molecules: Iterable[str]) -> set[str]:
     return {Chem.MolToSmiles(read_smiles(smiles)) for smiles in molecules}
 
 
-def judge(samples: Iterable[str]) -> dict:
+def judge(samples: Iterable[str], classes: dict[str, str] | None = None) -> dict:
     """
     Counts of samples: all, of each class, and of different molecules among the valid ones; the 95% interval (Wilson)
     of the valid share; RDKit's version.
+
+    Args:
+        classes: those of the samples, where they are known.
     """
-    classes = classes_of(samples)
+    if classes is None:
+        classes = classes_of(samples)
     import rdkit
 
     counts = Counter(classes[smiles] for smiles in samples)

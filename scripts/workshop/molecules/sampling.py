@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 SAMPLED_AT_ONCE = 1000
+SAMPLING = {"temperature": 0.8, "top_k": 40, "max_length": 120}  # SMolLM's
 
 
 @torch.no_grad()
