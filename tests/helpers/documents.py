@@ -9,7 +9,7 @@ from pathlib import Path
 from forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenization" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "tokenization" / "README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text()
 (OLDEST,) = re.findall(r"^OLDEST = (.*)$", MAKEFILE, re.MULTILINE)  # supported version of transformers

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from documents import blocks  # noqa: E402
 from hub_snapshot import close, same, snapshot  # noqa: E402
+from huggingface_hub import model_info  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
@@ -83,7 +84,7 @@ def main() -> None:
     check_pipelines()
     for text, network in blocks("docs/hub.md", "python"):
         if network and "modeling_spiralformer" not in text:
-            exec(text, {})
+            exec(text.replace("COMMIT", model_info("me/my-spiralformer").sha), {})
     for name in ("trainer", "card-trainer"):
         check_same(AutoModelForCausalLM.from_pretrained(f"me/{name}", **REMOTE), name)
     revisions = [name for name in EXPECTED if name in ("v1", "main", "experiment") or len(name) == 40]

@@ -198,7 +198,7 @@ def test_a_card_says_what_it_was_told():
     for words in (
         "# one\n",
         "1+2x{1/4,1/2,1}+1",
-        'AutoModelForCausalLM.from_pretrained("me/one", trust_remote_code=True)',
+        'AutoModelForCausalLM.from_pretrained("me/one", revision="COMMIT", trust_remote_code=True)',
         "Old letters.",
         "| seed | 7 |",
         "| Bits Per Byte | 1.5 |",
