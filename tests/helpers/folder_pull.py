@@ -13,6 +13,7 @@ hide_package()
 
 import torch  # noqa: E402  after the package is gone
 import transformers  # noqa: E402
+from hub_snapshot import same, snapshot  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -38,8 +39,7 @@ def check_every_auto_class() -> None:
         model, report = auto_class.from_pretrained(FOLDER / name, output_loading_info=True, **REMOTE)
         assert not any(report.values()), (name, report)
         assert type(model).__module__.startswith("transformers_modules."), type(model)
-        with torch.no_grad():
-            assert torch.equal(model.eval()(IDS)[0], expected), name
+        assert same(snapshot(model.eval(), {"input_ids": IDS}), expected), name
         fresh = auto_class.from_config(AutoConfig.from_pretrained(FOLDER / name, **REMOTE), **REMOTE)
         assert [weight.shape for weight in fresh.parameters()] == [weight.shape for weight in model.parameters()]
     config = AutoConfig.from_pretrained(FOLDER / "config", **REMOTE)
