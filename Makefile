@@ -10,7 +10,7 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz table memory \
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz fuzz-long table memory \
 	benchmark results results-run figures clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
+	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, and many requests at once: about 70 minutes"
@@ -135,6 +136,10 @@ test-latest:
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: $(STAMP)
 	$(RUN) -m pytest tests/cache/test_cache.py -k TestCache --hypothesis-profile=fuzz
+
+fuzz-long: export OMP_NUM_THREADS = 1
+fuzz-long: $(STAMP)
+	$(RUN) tests/helpers/fuzz_long.py
 
 table: $(STAMP)
 	$(RUN) scripts/model_table.py

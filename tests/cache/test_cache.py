@@ -4,93 +4,16 @@ import copy
 
 import pytest
 import torch
+from cache_machine import CacheMachine
 from histories import History
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support import pad_rows, ragged_pads, random_ids, small_config, small_model
+from support import pad_rows, random_ids, small_config, small_model
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
-from views import models_and_views
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 # A layer that needs no further package; transformers 5.17 does not have it, and every other one needs one.
 FP8_LAYER = getattr(cache_utils, "Fp8QuantizedLayer", cache_utils.DynamicLayer)
-COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17, 0])  # tokens fed after an operation; 0 chains two operations
-for_dynamic_caches = precondition(lambda machine: not machine.history.static)
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Hypothesis chooses a model or a view, ragged rows and operations, each followed by tokens `History` compares."""
-
-    @initialize(chosen=models_and_views(), pads=ragged_pads(), static=st.booleans(), record=st.booleans())
-    def start(self, chosen, pads, static, record):
-        options, part = chosen
-        self.history = History(options, pads, static, part)
-        if record and not static:
-            self.history.record()
-
-    def feed(self, count):
-        if count:
-            self.history.feed(count)
-
-    @rule(count=st.integers(1, 20), with_mask=st.booleans(), with_positions=st.booleans())
-    def prefill(self, count, with_mask, with_positions):
-        self.history.feed(count, with_mask, with_positions)
-
-    @rule(count=st.integers(1, 6), with_mask=st.booleans(), with_positions=st.booleans())
-    def decode(self, count, with_mask, with_positions):
-        for _ in range(count):
-            self.history.feed(1, with_mask, with_positions)
-
-    @for_dynamic_caches
-    @rule(count=COUNTS)
-    def record(self, count):
-        self.history.record()
-        self.feed(count)
-
-    @for_dynamic_caches
-    @rule(count=COUNTS)
-    def stop_recording(self, count):
-        self.history.stop_recording()
-        self.feed(count)
-
-    @for_dynamic_caches
-    @rule(data=st.data(), count=COUNTS)
-    def crop(self, data, count):
-        self.history.crop(data.draw(st.integers(0, min(self.history.columns, 20))))
-        self.feed(count)
-
-    @rule(data=st.data(), count=COUNTS)
-    def reorder(self, data, count):
-        rows = len(self.history.pads)
-        self.history.reorder(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
-        self.feed(count)
-
-    @for_dynamic_caches
-    @rule(data=st.data(), count=COUNTS)
-    def select(self, data, count):
-        rows = len(self.history.pads)
-        self.history.select(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows, unique=True)))
-        self.feed(count)
-
-    @for_dynamic_caches
-    @precondition(lambda self: len(self.history.pads) <= 3)
-    @rule(times=st.integers(1, 2), count=COUNTS)
-    def repeat(self, times, count):
-        self.history.repeat(times)
-        self.feed(count)
-
-    @rule(pads=ragged_pads(), count=COUNTS)
-    def reset(self, pads, count):
-        self.history.reset(pads)
-        self.feed(count)
-
-    @rule(count=COUNTS)
-    def deepcopy(self, count):
-        self.history.copy()
-        self.feed(count)
-
 
 TestCache = CacheMachine.TestCase
 

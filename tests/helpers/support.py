@@ -146,9 +146,9 @@ def family_options(draw) -> dict:
 
 
 @st.composite
-def model_options(draw) -> dict:
+def model_options(draw, max_size: int = 16) -> dict:
     """Every option that changes the function a model computes."""
-    options = draw(schedules()) | draw(family_options())
+    options = draw(schedules(max_size)) | draw(family_options())
     options["topology"] = draw(st.sampled_from(["mesh", "hyper_connections", "anchor", "residual", "base"]))
     if options["topology"] == "mesh" and options["chunk_sizes"] and draw(st.booleans()):
         options["num_memory_slots"] = draw(st.integers(1, 5))
