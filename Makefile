@@ -10,7 +10,7 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz fuzz-long table memory \
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz fuzz-long long-run table memory \
 	benchmark results results-run figures clean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"
+	@echo "make long-run     a million tokens decoded by one process, memory and last logits checked: ten minutes"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, and many requests at once: about 70 minutes"
@@ -140,6 +141,10 @@ fuzz: $(STAMP)
 fuzz-long: export OMP_NUM_THREADS = 1
 fuzz-long: $(STAMP)
 	$(RUN) tests/helpers/fuzz_long.py
+
+long-run: export OMP_NUM_THREADS = 1
+long-run: $(STAMP)
+	$(RUN) tests/helpers/long_run.py
 
 table: $(STAMP)
 	$(RUN) scripts/model_table.py
