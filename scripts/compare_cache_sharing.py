@@ -25,7 +25,7 @@ class CacheSharingArguments:
         default_factory=lambda: list(MODELS),
         metadata={"help": "Folders of checkpoints with their tokenizers. Default: those whose schedules repeat."},
     )
-    molecules: int = field(default=1024, metadata={"help": "Measure on so many of the molecules, the first."})
+    molecules: int = field(default=256, metadata={"help": "Measure on so many of the molecules, the first."})
     output_dir: str = field(default="runs/cache_sharing", metadata={"help": "Where figures and table go."})
 
     def __post_init__(self):
