@@ -736,6 +736,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As the library does; but a quantised cache has this model's layers, as the library's hold no latents."""
+        if generation_config.is_assistant:  # transformers 5.17 hands a draft the kind of its target's cache
+            generation_config.cache_implementation = None
         kind = generation_config.cache_implementation or ""
         makes_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
         if makes_cache and "offloaded" in kind and self.model.grids:
