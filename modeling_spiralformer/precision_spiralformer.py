@@ -52,7 +52,7 @@ class Precision:
         levels = 2**self.bits - 1
         parameters = torch.cat([lowest, (highest - lowest) / levels], dim=-1).to(PARAMETER_DTYPE)
         lowest, step = parameters.to(groups.dtype).split(1, dim=-1)  # as they will be read
-        codes = (groups - lowest) / torch.where(step > 0, step, 1)
+        codes = (groups - lowest) / step  # where the step is 0 any code stands for the lowest value
         codes = codes.round().clamp(0, levels).to(torch.uint8).flatten(-2)
         if self.bits == 4:
             codes = codes[..., ::2] | codes[..., 1::2] << 4
