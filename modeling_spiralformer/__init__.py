@@ -3,6 +3,7 @@
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from .cache_spiralformer import SpiralFormerQuantizedCache
 from .configuration_spiralformer import SpiralFormerConfig
 from .modeling_spiralformer import (
     AUTO_CLASSES,
@@ -31,5 +32,6 @@ __all__ = [
     "SpiralFormerForTokenClassification",
     "SpiralFormerModel",
     "SpiralFormerPreTrainedModel",
+    "SpiralFormerQuantizedCache",
     "configuration_folder",
 ]

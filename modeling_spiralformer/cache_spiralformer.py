@@ -18,11 +18,12 @@ Shape letters: B batch, R rows of the batch that run, S new tokens, K chunks (la
 E size of a head.
 """
 
+from collections.abc import Mapping
 from itertools import compress
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .batch_spiralformer import Columns, MaybeNone, Past, Rows
@@ -30,15 +31,20 @@ from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig, processes_of
 from .level_spiralformer import LatentEntry, ResolutionState
+from .precision_spiralformer import DEFAULT_BITS, Precision, entry_sizes, read_precisions
 from .static_cache_spiralformer import check_room, fit_static_layers
 from .storage_spiralformer import append_columns, write_columns
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer whose keys and values grow without being copied at every step."""
+    """A dynamic layer whose keys and values grow without being copied at every step.
+
+    With a `precision` they are records of bytes, else what the model computes.
+    """
 
     keys: torch.Tensor | MaybeNone  # None before `lazy_initialization`
     values: torch.Tensor | MaybeNone
+    precision: Precision | None = None
 
     def __init__(self, **kwargs):
         super().__init__()  # of 5.17, which hands every layer the arguments of all kinds
@@ -46,7 +52,15 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Starts with no columns, in the shape, dtype and on the device of `(B, H, K, E)` states to come."""
         super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.keys, self.values = self._kept(key_states[..., :0, :]), self._kept(value_states[..., :0, :])
+
+    def _kept(self, states: torch.Tensor) -> torch.Tensor:
+        """What is kept of `(..., E)` states."""
+        return states if self.precision is None else self.precision.pack(states)
+
+    def _read(self, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The `(..., E)` states that attention reads of what is kept."""
+        return kept if self.precision is None else self.precision.unpack(kept, dtype)
 
     def reset(self) -> None:
         """Forgets every state."""
@@ -64,9 +78,9 @@ class SpiralFormerTokenLayer(GrowingLayer):
         """Adds `(B, H, S, E)` keys and values; returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = append_columns(self.keys, key_states)
-        self.values = append_columns(self.values, value_states)
-        return self.keys, self.values
+        self.keys = append_columns(self.keys, self._kept(key_states))
+        self.values = append_columns(self.values, self._kept(value_states))
+        return self._read(self.keys, key_states.dtype), self._read(self.values, value_states.dtype)
 
 
 class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
@@ -111,12 +125,11 @@ class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
         """
         if filled is None:
             raise ValueError("`filled` must say which chunks the keys belong to: this cache layer holds latents.")
-        self.keys = write_columns(self.keys, key_states, filled)
-        self.values = write_columns(self.values, value_states, filled)
-        if filled.rows is None:
-            return self.keys[..., : filled.end, :], self.values[..., : filled.end, :]
-        rows = filled.rows.to(self.keys.device)
-        return self.keys[rows, :, : filled.end], self.values[rows, :, : filled.end]
+        self.keys = write_columns(self.keys, self._kept(key_states), filled)
+        self.values = write_columns(self.values, self._kept(value_states), filled)
+        rows = slice(None) if filled.rows is None else filled.rows.to(self.keys.device)
+        keys, values = self.keys[rows, :, : filled.end], self.values[rows, :, : filled.end]
+        return self._read(keys, key_states.dtype), self._read(values, value_states.dtype)
 
     def get_seq_length(self) -> int:
         """The latent column of the next filling where rows agree: the number of filled chunks."""
@@ -157,6 +170,36 @@ class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
         self.map_rows(lambda states: states[indices.to(states.device)])
 
 
+class SpiralFormerQuantizedCache(DynamicCache):
+    """A dynamic cache whose keys and values are integers, in as many bits at each resolution as asked for.
+
+    `generate(cache_implementation="quantized", cache_config={"nbits": ...})` builds it. What a dynamic cache can do it
+    does exactly, on the stored integers. Attention reads rounded keys alone, those of its own call among them: no
+    logit depends on how a text is cut into calls. The states of the resolutions stay as they are.
+
+    Args:
+        config (`SpiralFormerConfig`): of the model.
+        nbits (`int` or `dict`, *optional*): 8, 4, or 16 for what the model computes; for all chunk sizes, or by chunk
+            size, such as `{1: 4, 2: 8}`: those that are not named stay as they are. Prelude and coda are of size 1.
+        q_group_size (`int`, *optional*): channels of a head that share a scale, of 4 bytes. Default all.
+
+    Raises:
+        `ValueError`: for other bits, a chunk size that the model lacks, and a group that does not fit a head.
+    """
+
+    def __init__(
+        self,
+        config: SpiralFormerConfig,
+        nbits: int | Mapping[int | str, int] = DEFAULT_BITS,
+        q_group_size: int | None = None,
+    ):
+        precisions = read_precisions(config, nbits, q_group_size)
+        super().__init__(config=config)
+        layers: list[Any] = self.layers  # more than the library's union of layers has in common
+        for layer, size in zip(layers, entry_sizes(config), strict=True):
+            layer.precision = precisions[size]
+
+
 def forget(layer: DynamicLayer) -> None:
     """Drops a layer's keys and values, and with them its number of rows; `reset` of transformers 5.17 zeroes them."""
     layer.keys = layer.values = None
@@ -183,9 +226,11 @@ def find_states(
         inputs_embeds: `(B, S, D)` what is about to be fed.
 
     Raises:
-        `ValueError`: for a cache that holds no latents, belongs to another schedule or batch, is quantised or
-            offloaded, is full, or was left half cropped or half written by an error.
+        `ValueError`: for a cache that holds no latents, belongs to another schedule or batch, is offloaded, is full,
+            or was left half cropped or half written by an error; for a quantised one where gradients are recorded.
     """
+    if torch.is_grad_enabled() and any(getattr(layer, "precision", None) for layer in getattr(cache, "layers", [])):
+        raise ValueError(f"{CACHE_ARGUMENT} must not be quantised where gradients are recorded: take torch.no_grad().")
     if not grids:
         _fit_token_layers(cache, inputs_embeds.shape[0])
         return []
@@ -222,6 +267,26 @@ def read_past(cache: Cache | None, states: list[ResolutionState], is_given: bool
 
 
 BUILT_FOR = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(config=model.config)"
+QUANTISED = 'generate(cache_implementation="quantized")'
+NOT_OFFLOADED = (
+    "the library fetches the keys of the next entry while a layer runs, and which entry is next depends on the chunks "
+    f"that fill. To hold less on the device, quantise the cache: {QUANTISED}."
+)
+
+
+def make_quantised(config: SpiralFormerConfig, cache_config: dict[str, Any] | None) -> SpiralFormerQuantizedCache:
+    """The cache of `generate(cache_implementation="quantized", cache_config=...)`.
+
+    Raises:
+        `ValueError`: as the cache does, and for options of the library's own layers.
+    """
+    options = dict(cache_config or {})
+    if unknown := sorted(options.keys() - {"nbits", "q_group_size"}):
+        raise ValueError(
+            f"`cache_config` must hold `nbits` and `q_group_size` alone, but got {unknown}: this model has layers of "
+            "its own, without a backend. They round every key once, by its own scale, and keep no window of others."
+        )
+    return SpiralFormerQuantizedCache(config, **options)
 
 
 def _fit_token_layers(cache: Cache, rows: int) -> None:
@@ -244,11 +309,11 @@ def _latent_layers(cache: Cache, config: SpiralFormerConfig) -> list[list[Latent
     are_latent = [getattr(layer, "_layer_type", None) == LATENT_LAYER_TYPE for layer in layers]
     if are_latent != [layer_type == LATENT_LAYER_TYPE for layer_type in config.layer_types]:
         raise ValueError(
-            f"{BUILT_FOR}, and hold latents unquantised, but got {cache!r} of {len(layers)} layers. Prefix tuning "
-            "puts in a cache of its own and is not supported: its keys belong to no chunk. Take prompt tuning or LoRA."
+            f"{BUILT_FOR}, or quantised by {QUANTISED}, but got {cache!r} of {len(layers)} layers. Prefix tuning puts "
+            "in a cache of its own and is not supported: its keys belong to no chunk. Take prompt tuning or LoRA."
         )
     if cache.offloading:
-        raise ValueError(f"{BUILT_FOR}, but got an offloaded cache: latents are few, keep them on the device.")
+        raise ValueError(f"{BUILT_FOR}, but got an offloaded cache: {NOT_OFFLOADED}")
     latent, count = list(compress(layers, are_latent)), config.num_core_layers
     return [latent[first : first + count] for first in range(0, len(latent), count)]
 
@@ -340,7 +405,9 @@ __all__ = [
     "IterationCache",
     "MovedCache",
     "SpiralFormerLatentLayer",
+    "SpiralFormerQuantizedCache",
     "SpiralFormerTokenLayer",
     "find_states",
+    "make_quantised",
     "read_past",
 ]

@@ -86,7 +86,7 @@ from .cache_name_spiralformer import (
     CHECKPOINTED_LAYERS_KEEP_CACHE,
     takes_either_cache_name,
 )
-from .cache_spiralformer import IterationCache, MovedCache, find_states, read_past
+from .cache_spiralformer import NOT_OFFLOADED, IterationCache, MovedCache, find_states, make_quantised, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import SpiralFormerConfig
 from .continuous_spiralformer import (
@@ -733,6 +733,19 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 "early layers to leave at. Give an `assistant_model`."
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As the library does; but a quantised cache has this model's layers, as the library's hold no latents."""
+        if generation_config.is_assistant:  # transformers 5.17 hands a draft the kind of its target's cache
+            generation_config.cache_implementation = None
+        kind = generation_config.cache_implementation or ""
+        makes_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
+        if makes_cache and "offloaded" in kind and self.model.grids:
+            raise ValueError(f"`cache_implementation` must not be {kind!r}: {NOT_OFFLOADED}")
+        if makes_cache and kind == "quantized":
+            model_kwargs[CACHE_NAME] = make_quantised(self.config, generation_config.cache_config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """As the library does; what it cannot make a first call of is refused here, in the words of `generate()`."""

@@ -164,9 +164,15 @@ def layer_bytes(layer: CacheLayerMixin) -> int:
     return sum(state.untyped_storage().nbytes() for state in states if state is not None)
 
 
-def cache_layer_bytes(model: PreTrainedModel, length: int, batch: int = 1) -> list[int]:
-    """Bytes that each layer of the cache holds after a prefill of `length` tokens; works on the meta device."""
-    cache = DynamicCache(config=model.config)
+def cache_layer_bytes(
+    model: PreTrainedModel, length: int, batch: int = 1, cache: DynamicCache | None = None
+) -> list[int]:
+    """Bytes that each layer of the cache holds after a prefill of `length` tokens; works on the meta device.
+
+    Args:
+        cache: an empty one. Default: the usual, unquantised.
+    """
+    cache = DynamicCache(config=model.config) if cache is None else cache
     with torch.no_grad():
         model(token_ids(model, batch, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return list(map(layer_bytes, cache.layers))

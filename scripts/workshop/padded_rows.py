@@ -1,11 +1,17 @@
 """Training on rows of unequal length: padded to the longest of their batch, grouped by length, loss per token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    DataCollatorForLanguageModeling,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from workshop.elastic import ElasticTrainer
@@ -26,13 +32,23 @@ def nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
 
 
 @torch.no_grad()
-def losses_of_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> np.ndarray:
-    """What a model loses on each row, without a Trainer: `row_losses` in float64, `(rows, 2)`."""
+def losses_of_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    make_cache: Callable[[], Cache] | None = None,
+) -> np.ndarray:
+    """What a model loses on each row, without a Trainer: `row_losses` in float64, `(rows, 2)`.
+
+    Args:
+        make_cache: gives an empty cache for each batch, through which attention reads its keys. Default: none.
+    """
     collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
         labels = batch.pop("labels")
-        found.append(row_losses(model(**batch.to(model.device), use_cache=False).logits.cpu(), labels))
+        cached = {"use_cache": False} if make_cache is None else {"past_key_values": make_cache()}
+        found.append(row_losses(model(**batch.to(model.device), **cached).logits.cpu(), labels))
     return torch.cat(found).double().numpy()
 
 

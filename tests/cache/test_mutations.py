@@ -17,7 +17,7 @@ from modeling_spiralformer import (
     storage_spiralformer,
 )
 from modeling_spiralformer.batch_spiralformer import LeftPadding
-from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
+from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer, SpiralFormerTokenLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 from modeling_spiralformer.level_spiralformer import ResolutionState
@@ -40,8 +40,12 @@ def run_histories() -> None:
     for seed in range(HISTORIES):
         options = dict(MODELS[seed % len(MODELS)])
         part = options.pop("part", None)  # chunk sizes of a view of the model
-        is_static = seed // len(MODELS) % 4 == 3  # two of the eight histories of each model
-        random_history(options, seed, static=is_static, part=part)
+        turn = seed // len(MODELS) % 4  # of the eight histories of each model two are static and two are quantised
+        bits = None
+        if turn == 2:
+            sizes = part or options["chunk_sizes"]
+            bits = {size: (4, 8)[place % 2] for place, size in enumerate(sorted({1, *sizes}))}
+        random_history(options, seed, static=turn == 3, part=part, bits=bits)
 
 
 def no_operation(self, *args) -> None:
@@ -186,7 +190,21 @@ def core_in_the_entries_of_the_model(view, body, iterations):
     view.core_offsets = [body.core_offsets[t] for t in iterations]
 
 
+def newest_keys_unrounded(self, key_states, value_states, *args, **kwargs):
+    """Attention reads what was rounded of earlier calls, and of its own call what was computed."""
+    keys, values = ORIGINAL["update"](self, key_states, value_states)
+    return torch.cat([keys[..., : -key_states.shape[-2], :], key_states], dim=-2), values
+
+
+def prelude_and_coda_in_the_bits_of_the_core(config):
+    sizes = ORIGINAL["entry_sizes"](config)
+    core = [size for size in sizes if size != 1] or [1]
+    return [core[0] if size == 1 else size for size in sizes]
+
+
 ORIGINAL = {
+    "update": SpiralFormerTokenLayer.update,
+    "entry_sizes": cache_spiralformer.entry_sizes,
     "bind": SpiralFormerLatentLayer.bind,
     "crop": ResolutionState.crop,
     "store": ResolutionState.store,
@@ -285,6 +303,14 @@ MUTATIONS = {
         "_share_body",
         core_in_the_entries_of_the_model,
     ),
+    # Of quantised caches alone.
+    "the newest keys are read unrounded": (SpiralFormerTokenLayer, "update", newest_keys_unrounded),
+    "prelude and coda in the bits of the core": (
+        cache_spiralformer,
+        "entry_sizes",
+        prelude_and_coda_in_the_bits_of_the_core,
+    ),
+    "codes cut off where they should be rounded": (torch.Tensor, "round", torch.Tensor.floor),
     "room outlives a change of rows": (storage_spiralformer, "append_columns", room_outlives_a_change_of_rows()),
 }
 

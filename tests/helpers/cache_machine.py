@@ -3,20 +3,34 @@
 from histories import History
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support import ragged_pads
+from support import ragged_pads, small_config
 from views import models_and_views
 
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8, 17, 0])  # tokens fed after an operation; 0 chains two operations
 for_dynamic_caches = precondition(lambda machine: not machine.history.static)
 
 
+@st.composite
+def bits_of(draw, options: dict, part: list[int] | None) -> dict[int, int] | None:
+    """Bits of keys and values at some of the chunk sizes, of a quantised cache; None for a plain one."""
+    if draw(st.booleans()):
+        return None
+    config = small_config(**options)
+    tokens = [1] * (config.num_prelude_layers + config.num_coda_layers)
+    sizes = sorted({*tokens, *(config.chunk_sizes if part is None else part)})
+    return draw(st.dictionaries(st.sampled_from(sizes), st.sampled_from([4, 8, 16])))
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Hypothesis chooses a model or a view, ragged rows and operations, each followed by tokens `History` compares."""
 
-    @initialize(chosen=models_and_views(), pads=ragged_pads(), static=st.booleans(), record=st.booleans())
-    def start(self, chosen, pads, static, record):
+    @initialize(
+        chosen=models_and_views(), pads=ragged_pads(), static=st.booleans(), record=st.booleans(), data=st.data()
+    )
+    def start(self, chosen, pads, static, record, data):
         options, part = chosen
-        self.history = History(options, pads, static, part)
+        bits = None if static else data.draw(bits_of(options, part))
+        self.history = History(options, pads, static, part, bits)
         if record and not static:
             self.history.record()
 

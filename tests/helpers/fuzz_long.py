@@ -55,13 +55,14 @@ def quiet(count: int) -> settings:
 
 
 def play_cache(number: int, count: int) -> Counter:
-    """Plays one batch of histories of a dynamic or static cache; returns how many of each there were."""
+    """Plays one batch of histories of dynamic, quantised or static caches; returns how many of each there were."""
     played: Counter = Counter()
 
     class Counted(CacheMachine):
         def teardown(self):
             if hasattr(self, "history"):
-                played["static" if self.history.static else "dynamic"] += 1
+                kind = "dynamic" if self.history.bits is None else "quantised"
+                played["static" if self.history.static else kind] += 1
 
     run_state_machine_as_test(seed(number)(Counted), settings=quiet(count), _min_steps=1)
     return played

@@ -6,12 +6,16 @@ compares logits. The stateful test lets hypothesis choose the operations, the mu
 
 import copy
 import random
+from contextlib import nullcontext
 
 import torch
 from reference import reference_logits
+from rounded_keys import rounded_keys
 from support import VOCAB, seeded, small_model
 from transformers import DynamicCache, StaticCache
 from views import fields_of, iterations_of, renamed
+
+from modeling_spiralformer import SpiralFormerQuantizedCache
 
 TOLERANCE = 1e-9
 STATIC_COLUMNS = 61
@@ -26,9 +30,18 @@ class History:
         static: a static cache of `STATIC_COLUMNS` columns; what it has no room for is not fed.
         part: chunk sizes of a view of the model, which then stands in its place. Its first logits are also compared
             with the slow reference, as its own uncached forward is made of the same modules.
+        bits: of keys and values, by chunk size, in a quantised cache: logits are then compared with those of rounded
+            keys, which no other reference knows.
     """
 
-    def __init__(self, options: dict, pads: list[int], static: bool = False, part: list[int] | None = None):
+    def __init__(
+        self,
+        options: dict,
+        pads: list[int],
+        static: bool = False,
+        part: list[int] | None = None,
+        bits: dict[int, int] | None = None,
+    ):
         self.model = small_model(**options)
         self.reference: tuple | None = None
         if part is not None:
@@ -36,8 +49,11 @@ class History:
             self.reference = fields_of(self.model.config, iterations), renamed(self.model, iterations)
             self.model = self.model.with_schedule(part)
         self.generator = seeded(0)
-        self.static = static
-        if static:
+        self.static, self.bits = static, None if static else bits
+        if self.bits is not None:
+            self.reference = None
+            self.cache = SpiralFormerQuantizedCache(self.model.config, self.bits)
+        elif static:
             self.cache = StaticCache(config=self.model.config, max_cache_len=STATIC_COLUMNS)
         else:
             self.cache = DynamicCache(config=self.model.config)
@@ -69,7 +85,8 @@ class History:
         positions = (torch.arange(start, start + count) - self.pads[:, None]).clamp(min=0) if with_positions else None
         given = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
         cached = self.model(new, **given, use_cache=True).logits
-        expected = self.model(self.ids, attention_mask=self.mask(), use_cache=False).logits[:, start:]
+        with nullcontext() if self.bits is None else rounded_keys(self.model, self.bits):
+            expected = self.model(self.ids, attention_mask=self.mask(), use_cache=False).logits[:, start:]
         real = self.mask()[:, start:].bool()
         difference = (cached - expected)[real].abs()
         assert not len(difference) or difference.max() < TOLERANCE, f"off by {difference.max():.2e}"
@@ -146,11 +163,16 @@ DYNAMIC_ONLY = ["crop"] * 2 + ["select", "repeat", "record", "stop recording"]
 
 
 def random_history(
-    options: dict, seed: int, static: bool = False, part: list[int] | None = None, steps: int = 14
+    options: dict,
+    seed: int,
+    static: bool = False,
+    part: list[int] | None = None,
+    bits: dict[int, int] | None = None,
+    steps: int = 14,
 ) -> None:
     """Plays `steps` random operations on ragged rows; raises where the cache is wrong."""
     choose = random.Random(seed)
-    history = History(options, random_pads(choose), static, part)
+    history = History(options, random_pads(choose), static, part, bits)
     if choose.random() < 0.6 and not static:
         history.record()
     for _ in range(steps):

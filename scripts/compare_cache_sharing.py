@@ -1,0 +1,50 @@
+"""Lets iterations of a loop share an entry of the cache, and says what that does to the loss of models of molecules.
+
+    python scripts/compare_cache_sharing.py --data_file data/zinc_jtnn/valid.txt
+
+`docs/cache_precision.md` says what is measured.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from workshop.files import ROOT, check_folder, write_json
+from workshop.molecules.cache_sharing import share_all, sharing_report
+from workshop.molecules.rows import read_molecules
+
+MODELS = [str(ROOT / "checkpoints" / name) for name in ("spiralformer-53k", "smollm-53k")]
+
+
+@dataclass
+class CacheSharingArguments:
+    """Which models, what to measure on, and where to write."""
+
+    data_file: str = field(metadata={"help": "Molecules that the models were not trained on, one SMILES a line."})
+    models: list[str] = field(
+        default_factory=lambda: list(MODELS),
+        metadata={"help": "Folders of checkpoints with their tokenizers. Default: those whose schedules repeat."},
+    )
+    molecules: int = field(default=256, metadata={"help": "Measure on so many of the molecules, the first."})
+    output_dir: str = field(default="runs/cache_sharing", metadata={"help": "Where figures and table go."})
+
+    def __post_init__(self):
+        if self.molecules < 2:
+            raise ValueError(f"`molecules` must be an integer >= 2, but got {self.molecules}.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """The figures of each model: printed as a table, written into the folder, and returned."""
+    (arguments,) = HfArgumentParser(CacheSharingArguments).parse_args_into_dataclasses(argv)
+    folder = check_folder("output_dir", arguments.output_dir, ("cache_sharing.json", "cache_sharing.md"))
+    molecules = read_molecules("data_file", arguments.data_file)[: arguments.molecules]
+    results = share_all(arguments.models, molecules)
+    text = sharing_report(results, len(molecules))
+    print(text)
+    write_json(folder / "cache_sharing.json", results, indent=1)
+    (folder / "cache_sharing.md").write_text(text + "\n", encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    main()
