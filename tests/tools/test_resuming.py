@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from short_runs import train_shortly, write_text
 
+from modeling_spiralformer.files_spiralformer import DIGESTS_NAME
 from workshop import resuming
 from workshop.experiments.run import last_whole_checkpoint
 
@@ -36,8 +37,9 @@ def whole(text, tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(whole, tmp_path) -> Path:
-    """A copy of its checkpoint after two steps."""
-    return Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2"))
+    """A copy of its checkpoint after two steps, without the digests that would tell every change."""
+    without = shutil.ignore_patterns(DIGESTS_NAME)
+    return Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2", ignore=without))
 
 
 def resume(text: str, checkpoint: Path, overrides: str = MODEL, **changes):
@@ -179,8 +181,22 @@ def test_a_run_goes_on_longer_and_never_shorter(text, checkpoint, caplog):
     assert resume(text, checkpoint, max_steps="5").state.global_step == 5
     assert "the run goes on to step 5 in place of 4" in caplog.text
     final = checkpoint.parent / "resumed" / "checkpoint-5"
-    with pytest.raises(ValueError, match="`max_steps` must be above 5, the step of the checkpoint, but got 5"):
-        resume(text, final, max_steps="5")
+    with pytest.raises(ValueError, match="`max_steps` must be above 5, the step of the checkpoint, but got 4"):
+        resume(text, final, max_steps="4")
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_saved_and_evaluated(text, whole, tmp_path):
+    """By a kill while it wrote the finished model, say."""
+    last = shutil.copytree(whole[1] / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    evaluated = {"do_eval": "True", "validation_file": text, "max_eval_samples": "1"}
+    finished = run(text, tmp_path / "run", resume_from_checkpoint="true", **evaluated)
+    assert finished.state.global_step == 4
+    assert (tmp_path / "run" / "eval_results.json").is_file() and (tmp_path / "run" / "README.md").is_file()
+    assert not (tmp_path / "run" / "train_results.json").exists()  # nothing was trained
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole[1] / name).read_bytes(), name
+    with pytest.raises(ValueError, match="`max_steps` must be above 4, the step of the checkpoint, but got 3"):
+        resume(text, last, max_steps="3")
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(text, checkpoint):
