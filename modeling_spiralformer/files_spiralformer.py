@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 DIGESTS_NAME = "SHA256SUMS"
 JSON_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -123,10 +123,13 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_index(path: Path) -> None:
-    """Raises ValueError, naming the file, where an index of shards does not say of each weight where it is."""
+    """Raises ValueError, naming the file, where an index of shards does not say of each weight in which file it is."""
     places = read_object(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{path} must have a `weight_map` of names of weights to names of files, but has {places!r}.")
+    missing = sorted(file for file in set(places.values()) if not (path.parent / file).is_file())
+    if missing:
+        raise ValueError(f"{path} must name files that are beside it, but {', '.join(missing)} is none.")
 
 
 def check_files(folder: str | os.PathLike) -> None:
@@ -164,12 +167,19 @@ def naming_damage(folder: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def checked_files(name_or_path: str | os.PathLike | None, subfolder: str = "") -> Iterator[None]:
-    """Around a load by the library: the files of a folder are checked before, and errors name the file."""
+def checked_files(
+    name_or_path: str | os.PathLike | None, subfolder: str = "", needs_config: bool = True
+) -> Iterator[None]:
+    """Around a load by the library: the files of a folder are checked before, and errors name the file.
+
+    Where `needs_config`, a folder without config.json is refused: the library would take a configuration by default.
+    """
     folder = None if name_or_path is None else Path(name_or_path, subfolder)
     if folder is None or not folder.is_dir():
         yield
         return
+    if needs_config and not any((folder / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+        raise ValueError(f"The checkpoint {str(folder)!r} must hold {CONFIG_NAME}, but has none.")
     check_files(folder)
     with naming_damage(folder):
         yield

@@ -277,7 +277,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
 
         A file with other content than SHA256SUMS beside it says is damaged, too: `files_spiralformer` has the rest.
         """
-        with checked_files(pretrained_model_name_or_path, kwargs.get("subfolder") or ""):
+        given = kwargs.get("config") is not None
+        with checked_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "", needs_config=not given):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,9 +164,14 @@ def weight_files(name_or_path: str) -> list[Path]:
     """
     The files that the library loads, none where it will find none.
 
-    Raises ValueError for an index that does not say what it should, and where a folder holds further safetensors
-    files of a model, which the library would leave alone.
+    Raises ValueError for an index that does not say what it should, where a folder holds further safetensors files of
+    a model, which the library would leave alone, and where no file is in the place of one.
     """
+    for path in (Path(name_or_path, name) for name in WEIGHT_FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(
+                f"The checkpoint {name_or_path!r} must hold files, but {path.name} is a folder or a link to nothing."
+            )
     first = next(filter(None, (find(name_or_path, name) for name in WEIGHT_FILES)), None)
     if first is None or first.suffix != ".json":
         files = [] if first is None else [first]
@@ -176,6 +182,11 @@ def weight_files(name_or_path: str) -> list[Path]:
             raise ValueError(f"The checkpoint {name_or_path!r} has a damaged {first.name}: {error!r}") from error
         files = [path for name in names if (path := find(name_or_path, name)) is not None]
     beside = {path.name for path in Path(name_or_path).glob("model*.safetensors")} - {path.name for path in files}
+    if beside and first is None:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} must hold {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, but holds "
+            f"only {sorted(beside)}."
+        )
     if beside and first.name.startswith(SAFE_WEIGHTS_NAME):
         raise ValueError(
             f"The checkpoint {name_or_path!r} must hold one model, but beside {first.name} it holds {sorted(beside)}, "
@@ -263,10 +274,15 @@ def load_tokenizer(
     if Path(name_or_path).exists() and not has_tokenizer(name_or_path):
         raise FileNotFoundError(f"{where}, but {name_or_path!r} holds none of {list(TOKENIZER_FILES)}.")
     check_digests(name_or_path, TOKENIZER_PATTERNS)
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(Path(name_or_path, name))]
+    for name in present:
+        if name.endswith(".json"):
+            read_object(Path(name_or_path, name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library has no error of its own for it: some name neither file nor folder
-        raise ValueError(f"{where}, but that of {name_or_path!r} cannot be read: {error}") from error
+        read = f", of {', '.join(present)}," if present else ""
+        raise ValueError(f"{where}, but that of {name_or_path!r}{read} cannot be read: {error}") from error
     if config is not None:
         check_tokenizer(tokenizer, config)
     return tokenizer
