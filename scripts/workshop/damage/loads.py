@@ -58,6 +58,14 @@ def words_of_run(folder: Path, output: Path, **changes: str) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
 
+def make_text(folder: Path) -> None:
+    """Writes text.txt, and a tokenizer of it: what a run needs."""
+    text = (standard_library_root() / "textwrap.py").read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    save_tokenizer(train_tokenizer([text], VOCABULARY), folder / "tokenizer", 64)
+
+
 def quiet() -> None:
     """In a process of its own: a load of thousands is not to say what it does, nor libraries what they find wrong."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -72,10 +80,7 @@ def quiet() -> None:
 def build(folder: Path, digests: bool = True) -> None:
     """Makes what is damaged: the folders `one`, `shards` and `run`, with SHA256SUMS or without, and `runs.jsonl`."""
     quiet()
-    text = (standard_library_root() / "textwrap.py").read_text(encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    save_tokenizer(train_tokenizer([text], VOCABULARY), folder / "tokenizer", 64)
+    make_text(folder)
     trainer = run(*parse_arguments(words_of_run(folder, folder / "trained")))
     model, tokenizer = trainer.model, trainer.processing_class
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=9)
