@@ -10,11 +10,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
 
 from modeling_spiralformer.files_spiralformer import check_digests, read_object
 from workshop.checkpoints import CHECKPOINT_FILES, load_config
@@ -115,6 +117,19 @@ def is_whole_archive(path: Path) -> bool:
         return False
 
 
+def check_pickles(checkpoint: Path, names: list[str]) -> None:
+    """
+    Raises ValueError, naming the file, where one holds anything but tensors and plain values: torch reads no other
+    pickle, and runs nothing that stands in one. Its own error names no file. Of tensors only their place is read.
+    """
+    for name in names:
+        try:
+            with safe_globals():  # what Trainer allows of NumPy, for the random state
+                torch.load(checkpoint / name, map_location="meta", weights_only=True, mmap=True)
+        except Exception as error:  # of many kinds: pickle.UnpicklingError, RuntimeError, AttributeError, ...
+            refuse(checkpoint, "a whole checkpoint", f"has a {name} that torch refuses to read: {error}")
+
+
 def check_whole(checkpoint: Path, training: SpiralTrainingArguments) -> None:
     """
     Raises ValueError, naming each file, where the state of optimizer, schedule or random numbers is not there, or a
@@ -131,6 +146,7 @@ def check_whole(checkpoint: Path, training: SpiralTrainingArguments) -> None:
     if damaged:
         refuse(checkpoint, "a whole checkpoint", f"has a damaged {', '.join(damaged)}")
     check_digests(checkpoint, CHECKPOINT_FILES)
+    check_pickles(checkpoint, needed)
 
 
 def compared_fields(config: PreTrainedConfig) -> dict:

@@ -116,7 +116,7 @@ def kill_once(home: Path, output: Path, number: int, seconds: float, random: Ran
         process = start(home, output)
         while process.is_alive() and not is_time():
             time.sleep(POLL)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             return moment

@@ -10,10 +10,8 @@ crashed   the process died, or hung
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -179,8 +177,7 @@ def run_batch(home: Path, place: Path, seed: int, numbers: list[int]) -> Iterato
             process.join()
             found = f"the process ended with {process.exitcode}"
         finally:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
         if waiting:
             yield dataclasses.replace(plan(home, seed, waiting.pop(0))[0], said=found)
