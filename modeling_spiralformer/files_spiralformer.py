@@ -122,12 +122,17 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def check_index(path: Path) -> None:
-    """Raises ValueError, naming the file, where an index of shards does not say of each weight in which file it is."""
+def read_index(path: Path) -> dict[str, str]:
+    """Name of a weight -> name of its file, as an index of shards has them. ValueError, naming it, where it has not."""
     places = read_object(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{path} must have a `weight_map` of names of weights to names of files, but has {places!r}.")
-    missing = sorted(file for file in set(places.values()) if not (path.parent / file).is_file())
+    return places
+
+
+def check_index(path: Path) -> None:
+    """Raises ValueError, naming the index, where a file that it names is not beside it."""
+    missing = sorted(file for file in set(read_index(path).values()) if not (path.parent / file).is_file())
     if missing:
         raise ValueError(f"{path} must name files that are beside it, but {', '.join(missing)} is none.")
 

@@ -38,6 +38,7 @@ from modeling_spiralformer.files_spiralformer import (
     check_digests,
     checked_files,
     naming_damage,
+    read_index,
     read_object,
 )
 from workshop.files import is_finite
@@ -177,9 +178,9 @@ def weight_files(name_or_path: str) -> list[Path]:
         files = [] if first is None else [first]
     else:
         try:
-            names = sorted(set(read_object(first)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"The checkpoint {name_or_path!r} has a damaged {first.name}: {error!r}") from error
+            names = sorted(set(read_index(first).values()))
+        except ValueError as error:
+            raise ValueError(f"The checkpoint {name_or_path!r} has a damaged {first.name}: {error}") from error
         files = [path for name in names if (path := find(name_or_path, name)) is not None]
     beside = {path.name for path in Path(name_or_path).glob("model*.safetensors")} - {path.name for path in files}
     if beside and first is None:

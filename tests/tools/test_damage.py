@@ -1,5 +1,6 @@
 """Damaged files and killed runs: a part of what `scripts/damage_files.py` and `scripts/kill_training.py` try."""
 
+import faulthandler
 import json
 import os
 from collections import Counter
@@ -60,6 +61,7 @@ def raising(error: BaseException):
 
 
 def dying(path: Path):
+    faulthandler.disable()  # which would print where
     os.abort()
 
 
