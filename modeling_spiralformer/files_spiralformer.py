@@ -123,7 +123,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Name of a weight -> name of its file, as an index of shards has them. ValueError, naming it, where it has not."""
+    """Name of a weight -> name of its file, as an index of shards has them. Raises ValueError, naming it, else."""
     places = read_object(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{path} must have a `weight_map` of names of weights to names of files, but has {places!r}.")

@@ -276,14 +276,14 @@ def load_tokenizer(
         raise FileNotFoundError(f"{where}, but {name_or_path!r} holds none of {list(TOKENIZER_FILES)}.")
     check_digests(name_or_path, TOKENIZER_PATTERNS)
     present = [name for name in TOKENIZER_FILES if os.path.lexists(Path(name_or_path, name))]
-    for name in present:
-        if name.endswith(".json"):
-            read_object(Path(name_or_path, name))
     try:
+        for name in present:
+            if name.endswith(".json"):
+                read_object(Path(name_or_path, name))
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library has no error of its own for it: some name neither file nor folder
-        read = f", of {', '.join(present)}," if present else ""
-        raise ValueError(f"{where}, but that of {name_or_path!r}{read} cannot be read: {error}") from error
+        read = f" from {', '.join(present)}" if present else ""
+        raise ValueError(f"{where}, but that of {name_or_path!r} cannot be read{read}: {error}") from error
     if config is not None:
         check_tokenizer(tokenizer, config)
     return tokenizer
