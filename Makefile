@@ -10,8 +10,8 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest fuzz fuzz-long long-run table memory \
-	benchmark results results-run figures clean
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest \
+	fuzz fuzz-long long-run damage kills table memory benchmark results results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
@@ -33,6 +33,8 @@ help:
 	@echo "make results      tables and pictures of the experiments, from the lines of their finished runs"
 	@echo "make results-run  DATA_DIR=folder: the experiments themselves, from where they stopped: days in all"
 	@echo "make figures      draw the figures of the docs"
+	@echo "make damage       5,000 damaged files of checkpoints, runs and results: refused by name, or without effect"
+	@echo "make kills        20 runs of train.py that are killed, and go on to the numbers of one that was not"
 	@echo "make clean        remove environments and runs"
 
 # A virtual environment in folder $(1), with torch before anything else.
@@ -175,6 +177,14 @@ results-run: $(STAMP)
 
 figures: $(STAMP)
 	$(RUN) scripts/draw_figures.py
+
+damage: export OMP_NUM_THREADS = 1
+damage: $(STAMP)
+	$(RUN) scripts/damage_files.py --count 5000 --seed 0
+
+kills: export OMP_NUM_THREADS = 1
+kills: $(STAMP)
+	$(RUN) scripts/kill_training.py --count 20 --seed 0
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info runs

@@ -36,8 +36,10 @@ of a resolution, G tokens in a chunk, D hidden size, T iterations.
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -97,6 +99,7 @@ from .continuous_spiralformer import (
     prepare_batching,
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
+from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .paging_spiralformer import PagedState
@@ -267,6 +270,22 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         layer = FAMILIES[self.config.layer_family].layer.__name__
         self._no_split_modules = {*self._no_split_modules, layer} & held
         name_peft_targets(self.config.model_type)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As the library does; a damaged file of a folder is an error that names it.
+
+        A file with other content than SHA256SUMS beside it says is damaged, too: `files_spiralformer` has the rest.
+        """
+        given = kwargs.get("config") is not None
+        with checked_files(pretrained_model_name_or_path, kwargs.get("subfolder") or "", needs_config=not given):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As the library does; SHA256SUMS, where the folder has one, lists the new files in place of the old ones."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and Path(save_directory, DIGESTS_NAME).exists():
+            write_digests(save_directory)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
-from workshop.checkpoints import has_tokenizer, parse_overrides
+from modeling_spiralformer.files_spiralformer import write_digests
+from workshop.checkpoints import CHECKPOINT_FILES, has_tokenizer, parse_overrides
 from workshop.conversion import (
     FAMILY_OF,
     ROUTER_BIAS,
@@ -78,6 +79,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
     converted.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.output_dir)
+    write_digests(arguments.output_dir, CHECKPOINT_FILES)
     return converted
 
 

@@ -12,19 +12,7 @@ import sys
 from transformers.cli.serving import model_manager, utils
 from transformers.cli.transformers import app
 
-from modeling_spiralformer import SpiralFormerForCausalLM
-from workshop.checkpoints import check_loaded
-from workshop.serving import RequestBatching
-
-
-class ServedModel(SpiralFormerForCausalLM):
-    """The model as the server loads it: refused where the checkpoint has other weights than its configuration."""
-
-    @classmethod
-    def from_pretrained(cls, name_or_path, *args, **options):
-        model, info = SpiralFormerForCausalLM.from_pretrained(name_or_path, *args, **options, output_loading_info=True)
-        check_loaded(name_or_path, model, info)
-        return model
+from workshop.serving import RequestBatching, ServedModel
 
 
 def main(argv: list[str]) -> None:

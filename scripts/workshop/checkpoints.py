@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import load_state_dict
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -32,12 +33,25 @@ from transformers.utils import (
 )
 
 from modeling_spiralformer import SpiralFormerConfig
+from modeling_spiralformer.files_spiralformer import (
+    MODEL_FILES,
+    check_digests,
+    checked_files,
+    naming_damage,
+    read_index,
+    read_object,
+)
 from workshop.files import is_finite
 
 # In the library's order: the first that is there is what it loads.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 # One of these is in every folder of a tokenizer, of whichever kind.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# And these may be beside it.
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+# Everything that a model or a run is loaded from, and that SHA256SUMS lists where a command has written the folder.
+CHECKPOINT_FILES = (*MODEL_FILES, *TOKENIZER_PATTERNS, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth")
+CHECKPOINT_FILES += (TRAINER_STATE_NAME, TRAINING_ARGS_NAME)
 
 
 # -- configurations ---------------------------------------------------------------------------------------------
@@ -110,9 +124,13 @@ def load_config(
     """
     The configuration of a folder or Hub name, with some fields changed and all of them validated again.
 
-    Raises FileNotFoundError or ValueError, naming the setting `field`, where there is none.
+    Raises FileNotFoundError or ValueError, naming the setting `field`, where there is none, and ValueError, naming the
+    file, where it is damaged.
     """
     check_source(field, name_or_path)
+    if Path(name_or_path).is_dir():
+        check_digests(name_or_path, [CONFIG_NAME])
+        read_object(Path(name_or_path, CONFIG_NAME))
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except OSError as error:
@@ -147,19 +165,29 @@ def weight_files(name_or_path: str) -> list[Path]:
     """
     The files that the library loads, none where it will find none.
 
-    Raises ValueError for an index that does not say what it should, and where a folder holds further safetensors
-    files of a model, which the library would leave alone.
+    Raises ValueError for an index that does not say what it should, where a folder holds further safetensors files of
+    a model, which the library would leave alone, and where no file is in the place of one.
     """
+    for path in (Path(name_or_path, name) for name in WEIGHT_FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(
+                f"The checkpoint {name_or_path!r} must hold files, but {path.name} is a folder or a link to nothing."
+            )
     first = next(filter(None, (find(name_or_path, name) for name in WEIGHT_FILES)), None)
     if first is None or first.suffix != ".json":
         files = [] if first is None else [first]
     else:
         try:
-            names = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"The checkpoint {name_or_path!r} has a damaged {first.name}: {error!r}") from error
+            names = sorted(set(read_index(first).values()))
+        except ValueError as error:
+            raise ValueError(f"The checkpoint {name_or_path!r} has a damaged {first.name}: {error}") from error
         files = [path for name in names if (path := find(name_or_path, name)) is not None]
     beside = {path.name for path in Path(name_or_path).glob("model*.safetensors")} - {path.name for path in files}
+    if beside and first is None:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} must hold {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}, but holds "
+            f"only {sorted(beside)}."
+        )
     if beside and first.name.startswith(SAFE_WEIGHTS_NAME):
         raise ValueError(
             f"The checkpoint {name_or_path!r} must hold one model, but beside {first.name} it holds {sorted(beside)}, "
@@ -214,15 +242,14 @@ def load_model(
     Raises ValueError, naming every tensor, where the checkpoint lacks a weight, which the library would fill with
     random numbers, or holds one that the model has no place for, which it would drop; and where a file is damaged.
     """
-    try:
+    own = isinstance(config, SpiralFormerConfig)  # whose class checks the files itself
+    with naming_damage(name_or_path) if own else checked_files(name_or_path):
         weight_files(name_or_path)
         if dtype == "auto" and getattr(config, "quantization_config", None) is None:
             dtype = saved_dtype(name_or_path)
         # Other shapes are refused below, by name.
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, **options)
-    except SafetensorError as error:
-        raise ValueError(f"The checkpoint {name_or_path!r} has a damaged safetensors file: {error}") from error
     check_loaded(name_or_path, model, info)
     return model
 
@@ -247,10 +274,16 @@ def load_tokenizer(
     where = f"`{field}` must name a folder or a repository on the Hub with a tokenizer"
     if Path(name_or_path).exists() and not has_tokenizer(name_or_path):
         raise FileNotFoundError(f"{where}, but {name_or_path!r} holds none of {list(TOKENIZER_FILES)}.")
+    check_digests(name_or_path, TOKENIZER_PATTERNS)
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(Path(name_or_path, name))]
     try:
+        for name in present:
+            if name.endswith(".json"):
+                read_object(Path(name_or_path, name))
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the library has no error of its own for it: some name neither file nor folder
-        raise ValueError(f"{where}, but that of {name_or_path!r} cannot be read: {error}") from error
+        read = f" from {', '.join(present)}" if present else ""
+        raise ValueError(f"{where}, but that of {name_or_path!r} cannot be read{read}: {error}") from error
     if config is not None:
         check_tokenizer(tokenizer, config)
     return tokenizer

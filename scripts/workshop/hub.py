@@ -9,8 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 import modeling_spiralformer
+from modeling_spiralformer.files_spiralformer import write_digests
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.checkpoints import load_config, load_model, load_tokenizer
+from workshop.checkpoints import CHECKPOINT_FILES, load_config, load_model, load_tokenizer
 from workshop.model_card import make_card
 
 # What `Trainer` writes of an evaluation beside the figures.
@@ -89,6 +90,7 @@ def push(
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+        write_digests(folder, CHECKPOINT_FILES)
         build_card(Path(checkpoint), model, repo_id, **said).save(Path(folder) / "README.md")
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision != "main":

@@ -6,9 +6,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_spiralformer import SpiralFormerPreTrainedModel
+from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, write_digests
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
+from workshop.checkpoints import CHECKPOINT_FILES
 from workshop.costs import repeated_flops
 from workshop.tables import config_schedule
 
@@ -121,6 +124,16 @@ class CardTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
             self.model.config.save_pretrained(self.args.output_dir)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """As the library's; lists the files in SHA256SUMS, which tells a run that goes on whether they are damaged."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / DIGESTS_NAME).unlink(missing_ok=True)  # of a checkpoint that is written over
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # each process saves its random state
+        if self.args.should_save:
+            write_digests(folder, CHECKPOINT_FILES)
 
     def prediction_step(self, *args, **kwargs):
         """As the library's, without label smoothing: perplexity and bits per byte are made of the loss itself."""

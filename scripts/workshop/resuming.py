@@ -10,13 +10,16 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
 
-from workshop.checkpoints import load_config
+from modeling_spiralformer.files_spiralformer import check_digests, read_object
+from workshop.checkpoints import CHECKPOINT_FILES, load_config
 from workshop.training_arguments import SpiralTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -51,9 +54,11 @@ def read_state(checkpoint: Path) -> dict:
     if not path.is_file():
         refuse(checkpoint, "a whole checkpoint", f"lacks {TRAINER_STATE_NAME}")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {**state, "global_step": int(state["global_step"])}
-    except (ValueError, KeyError, TypeError) as error:
+        state = read_object(path)
+        if not type(state["global_step"]) is type(state.get("max_steps", 0)) is int:
+            raise ValueError("`global_step` and `max_steps` must be integers")
+        return state
+    except (ValueError, KeyError) as error:
         refuse(checkpoint, "a whole checkpoint", f"has a damaged {TRAINER_STATE_NAME}: {error!r}")
 
 
@@ -103,8 +108,33 @@ def random_states(processes: int) -> list[str]:
     return ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
 
 
+def is_whole_archive(path: Path) -> bool:
+    """Whether a file of `torch.save` holds what was written: torch reads it without a look at its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # damage ends in many: BadZipFile, zlib.error, NotImplementedError, UnicodeDecodeError, ...
+        return False
+
+
+def check_pickles(checkpoint: Path, names: list[str]) -> None:
+    """
+    Raises ValueError, naming the file, where one holds anything but tensors and plain values: torch reads no other
+    pickle, and runs nothing that stands in one. Its own error names no file. Of tensors only their place is read.
+    """
+    for name in names:
+        try:
+            with safe_globals():  # what Trainer allows of NumPy, for the random state
+                torch.load(checkpoint / name, map_location="meta", weights_only=True, mmap=True)
+        except Exception as error:  # of many kinds: pickle.UnpicklingError, RuntimeError, AttributeError, ...
+            refuse(checkpoint, "a whole checkpoint", f"has a {name} that torch refuses to read: {error}")
+
+
 def check_whole(checkpoint: Path, training: SpiralTrainingArguments) -> None:
-    """Raises ValueError, naming each file, where the state of optimizer, schedule or random numbers is not there."""
+    """
+    Raises ValueError, naming each file, where the state of optimizer, schedule or random numbers is not there, or a
+    file has other content than SHA256SUMS says.
+    """
     saved = saved_record(checkpoint)
     needed = [OPTIMIZER_NAME, SCHEDULER_NAME, *random_states(saved["processes"]), *[SCALER_NAME] * training.fp16]
     if any(checkpoint.glob("optimizer_*/")) or (checkpoint / "optimizer.bin").is_file():  # of FSDP
@@ -112,9 +142,11 @@ def check_whole(checkpoint: Path, training: SpiralTrainingArguments) -> None:
     missing = [name for name in needed if not (checkpoint / name).is_file()]
     if missing:
         refuse(checkpoint, "a whole checkpoint", f"lacks {', '.join(missing)}, and would go on with other numbers")
-    damaged = [name for name in needed if not zipfile.is_zipfile(checkpoint / name)]
+    damaged = [name for name in needed if not is_whole_archive(checkpoint / name)]
     if damaged:
         refuse(checkpoint, "a whole checkpoint", f"has a damaged {', '.join(damaged)}")
+    check_digests(checkpoint, CHECKPOINT_FILES)
+    check_pickles(checkpoint, needed)
 
 
 def compared_fields(config: PreTrainedConfig) -> dict:
@@ -172,14 +204,18 @@ def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, row
 
 def saved_record(checkpoint: Path) -> dict:
     """The record of the run that wrote a checkpoint. Raises ValueError where there is none."""
-    callbacks = read_state(checkpoint).get("stateful_callbacks", {})
-    if RunRecord.__name__ not in callbacks:
-        refuse(
-            checkpoint,
-            "a checkpoint of scripts/train.py",
-            "does not say what its run was: start a new run from its weights, with `model_name_or_path`",
-        )
-    return callbacks[RunRecord.__name__]["args"]["record"]
+    try:
+        record = read_state(checkpoint)["stateful_callbacks"][RunRecord.__name__]["args"]["record"]
+        if isinstance(record, dict) and isinstance(record["processes"], int):
+            return record
+    except (KeyError, TypeError):
+        pass  # no record, or one that is damaged
+    refuse(
+        checkpoint,
+        "a checkpoint of scripts/train.py",
+        f"does not say in {TRAINER_STATE_NAME} what its run was: start a new run from its weights, with "
+        "`model_name_or_path`",
+    )
 
 
 def draws_random_numbers(config: PreTrainedConfig, training: SpiralTrainingArguments) -> bool:
@@ -205,10 +241,14 @@ def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
         refuse(checkpoint, "of a run with the same settings", f"has {', '.join(found)}")
 
 
+class NothingLeftError(Exception):
+    """A run goes on from its last step: Trainer, which would take one step more, is not to train."""
+
+
 class RunRecord(TrainerCallback, ExportableState):
     """
-    Keeps the record of a run in the trainer_state.json of its checkpoints, and refuses a resumed run that has nothing
-    left to do, or less than it was planned to.
+    Keeps the record of a run in the trainer_state.json of its checkpoints, and refuses a resumed run that is to do
+    less than it was planned to. NothingLeftError ends one whose last step is done.
 
     Args:
         record: what `make_record` gives.
@@ -224,8 +264,9 @@ class RunRecord(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         if self.planned_steps is None:
             return
+        if state.max_steps == state.global_step == self.planned_steps:
+            raise NothingLeftError
         if state.max_steps <= state.global_step:
-            # Trainer would take one step more.
             reached = f"{state.global_step}, the step of the checkpoint"
             raise ValueError(f"`max_steps` must be above {reached}, but got {state.max_steps}.")
         if state.max_steps < self.planned_steps:

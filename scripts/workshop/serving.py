@@ -1,4 +1,4 @@
-"""What the library's server with continuous batching leaves out: the settings of each request.
+"""What the library's server leaves out: a look at the weights, and the settings of each request of many at once.
 
 It starts its manager with the settings of the first request, and gives later ones nothing but a count of new tokens.
 """
@@ -10,11 +10,23 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager
 
+from modeling_spiralformer import SpiralFormerForCausalLM
 from modeling_spiralformer.continuous_spiralformer import check_decoding, default_batching
+from workshop.checkpoints import check_loaded
 
 # A manager has the processors that its settings name, whatever their values: a request brings its own.
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 1, "top_p": 0.5, "stop_strings": None}
 GREEDY = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+
+
+class ServedModel(SpiralFormerForCausalLM):
+    """The model as the server loads it: refused where the checkpoint has other weights than its configuration."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, **options):
+        model, info = SpiralFormerForCausalLM.from_pretrained(name_or_path, *args, **options, output_loading_info=True)
+        check_loaded(name_or_path, model, info)
+        return model
 
 
 def request_settings(generation: GenerationConfig, vocabulary: int) -> dict[str, Any]:

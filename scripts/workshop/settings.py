@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from modeling_spiralformer.files_spiralformer import unique
 from workshop.files import is_finite, read_text
 
 WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
@@ -53,15 +54,6 @@ def read_settings(field: str, path: str | Path) -> dict[str, Any]:
     if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
         raise ValueError(f'`{field}` must hold settings, "name: value" each, but {str(path)!r} holds {entries!r}.')
     return entries
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key that stands there twice."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} stands there twice")
-    return dict(pairs)
 
 
 def alternatives(hint: Any) -> tuple:

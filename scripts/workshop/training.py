@@ -22,12 +22,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from workshop.checkpoints import load_config, load_model, load_tokenizer, parse_overrides
+from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, write_digests
+from workshop.checkpoints import CHECKPOINT_FILES, load_config, load_model, load_tokenizer, parse_overrides
 from workshop.data import check_bytes, make_blocks, token_byte_lengths
 from workshop.elastic import ElasticTrainer, check_schedules
 from workshop.files import check_folder, finite, write_json
 from workshop.model_card import CardTrainer
 from workshop.resuming import (
+    NothingLeftError,
     RunRecord,
     check_record,
     choose_checkpoint,
@@ -120,17 +122,28 @@ def set_up_logging(training: SpiralTrainingArguments):
 
 
 def run_training(trainer: Trainer, training: SpiralTrainingArguments):
-    """Trains, then saves weights, tokenizer, figures and state to output_dir."""
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    """
+    Trains, then saves weights, tokenizer, figures and state to output_dir. A run that was stopped after its last step,
+    while it saved, has nothing left to train: its figures of time and mean loss are gone.
+    """
+    if training.should_save:
+        (Path(training.output_dir) / DIGESTS_NAME).unlink(missing_ok=True)  # of files that will be replaced
+    try:
+        metrics = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
+    except NothingLeftError:
+        logger.info("step %d was the last: what it left is saved again", trainer.state.global_step)
+        trainer.is_in_train, metrics = False, None
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, which `save_model` would leave at that
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", finite(result.metrics))
+    if metrics is not None:
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", finite(metrics))
     trainer.save_state()
     if trainer.args.should_save:  # strict JSON, also of a run that diverged
         path = Path(trainer.args.output_dir) / TRAINER_STATE_NAME
         write_json(path, json.loads(path.read_text(encoding="utf-8")), indent=2)
+        write_digests(trainer.args.output_dir, CHECKPOINT_FILES)
 
 
 def run_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -59,7 +59,7 @@ def test_checkpoints_are_small_and_hold_no_code():
     assert CHECKPOINTS
     files = [path for folder in CHECKPOINTS for path in folder.iterdir()]
     assert sum(path.stat().st_size for path in files) <= LARGEST
-    assert {path.name for path in files} == {*committed.FILES, "README.md", "figures.json"}
+    assert {path.name for path in files} == {*committed.FILES, "README.md", "figures.json", "SHA256SUMS"}
 
 
 # -- keeping one ------------------------------------------------------------------------------------------------------

@@ -176,6 +176,9 @@ def test_damaged_checkpoints_are_refused(text_file, tmp_path):
     state = load_file(weights)
     save_file({name: weight for name, weight in state.items() if "norm" not in name}, weights, {"format": "pt"})
     continued = [flag for flag in flags(text_file, tmp_path / "next") if flag not in ("--config_overrides", SMALL)]
+    with pytest.raises(ValueError, match="as its SHA256SUMS says, but model.safetensors has other content"):
+        train.main([*continued, *checkpoint])
+    (tmp_path / "run/SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="lacks"):
         train.main([*continued, *checkpoint])
     weights.write_bytes(whole[:1000])

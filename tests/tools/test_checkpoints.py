@@ -20,7 +20,7 @@ import quickstart
 import serve
 import train
 from modeling_spiralformer import SpiralFormerForTokenClassification, SpiralFormerModel
-from workshop.checkpoints import load_config, load_model, parse_overrides
+from workshop.checkpoints import load_config, load_model, load_tokenizer, parse_overrides
 from workshop.hub import load_checkpoint
 
 CODA = "model.coda.0.mlp.dense_h_to_4h.weight"
@@ -128,14 +128,42 @@ def test_shards_that_are_not_all_read_are_refused(tmp_path):
     index.write_text(json.dumps(whole | {"weight_map": kept}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"it holds .*{dropped}.*which nothing would load"):
         load_model(str(folder), load_config(str(folder)))
-    index.write_text(json.dumps({"files": kept}), encoding="utf-8")
-    with pytest.raises(ValueError, match="damaged model.safetensors.index.json"):
-        load_model(str(folder), load_config(str(folder)))
+    for damaged in ({"files": kept}, {"weight_map": kept | {"lm_head.weight": 3}}, [kept]):
+        index.write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(ValueError, match="damaged model.safetensors.index.json"):
+            load_model(str(folder), load_config(str(folder)))
     index.write_text(json.dumps(whole), encoding="utf-8")
     assert load_model(str(folder), load_config(str(folder))) is not None
     save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="beside model.safetensors it holds .*model-00001-of"):
         load_model(str(folder), load_config(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_another_thing_in_the_place_of_weights_is_named(name, tmp_path):
+    small_model(dtype=torch.float32).save_pretrained(
+        tmp_path, max_shard_size="20KB" if name.endswith(".json") else "5GB"
+    )
+    (tmp_path / name).unlink()
+    if name.endswith(".json"):
+        with pytest.raises(ValueError, match="must hold model.safetensors or model.safetensors.index.json, but holds"):
+            load_model(str(tmp_path), load_config(str(tmp_path)))
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"must hold files, but {name} is a folder or a link to nothing"):
+        load_model(str(tmp_path), load_config(str(tmp_path)))
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"must hold files, but {name} is a folder or a link to nothing"):
+        load_model(str(tmp_path), load_config(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named_by_its_file(name, checkpoint):
+    whole = (checkpoint / name).read_text("utf-8")
+    for content in ("", whole[:-9], "[]", '{"a": 1, "a": 1}', "{}" if name == "tokenizer.json" else "null"):
+        (checkpoint / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{name}"):
+            load_tokenizer(str(checkpoint), None)
 
 
 def test_an_adapter_is_no_checkpoint(checkpoint, tmp_path):

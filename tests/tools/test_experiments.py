@@ -363,6 +363,25 @@ def test_costs_of_a_plain_stack_by_hand():
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_line_is_held_to_its_digest(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    line = {"key": "a", "loss": 1.5, "inner": {"n": [1, 2.0]}}
+    append_line(path, line)
+    append_line(path, {"key": "b"})
+    assert read_lines(path) == [line, {"key": "b"}]
+    text = path.read_text("utf-8")
+    for damaged in (text.replace("1.5", "1.6"), text.replace('"n"', '"m"'), text.replace('"key": "b"', '"key": "c"')):
+        path.write_text(damaged, encoding="utf-8")
+        number = 2 if '"c"' in damaged else 1
+        with pytest.raises(ValueError, match=f"line {number}, must be .* as it was written: `sha256` is not that of"):
+            read_lines(path)
+    path.write_text(text.replace('"key": "b"', '"key": "b", "key": "b"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2, .*the key 'key' stands there twice"):
+        read_lines(path)
+    path.write_text('{"key": "older"}\n' + text, encoding="utf-8")
+    assert [line["key"] for line in read_lines(path)] == ["older", "a", "b"]
+
+
 def test_lines_outlive_a_kill_in_the_middle_of_one(tmp_path):
     path = tmp_path / "folder" / "runs.jsonl"
     assert read_lines(path) == [] and drop_torn_line(path) == ""

@@ -1,7 +1,10 @@
 """Resumed runs: the numbers of a run that was never stopped, or a refusal that names what would change them."""
 
 import json
+import os
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import torch
 from datasets import Dataset
 from short_runs import train_shortly, write_text
 
+from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, read_digests
 from workshop import resuming
 from workshop.experiments.run import last_whole_checkpoint
 
@@ -36,8 +40,9 @@ def whole(text, tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(whole, tmp_path) -> Path:
-    """A copy of its checkpoint after two steps."""
-    return Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2"))
+    """A copy of its checkpoint after two steps, without the digests that would tell every change."""
+    without = shutil.ignore_patterns(DIGESTS_NAME)
+    return Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2", ignore=without))
 
 
 def resume(text: str, checkpoint: Path, overrides: str = MODEL, **changes):
@@ -84,6 +89,72 @@ def test_a_checkpoint_without_a_part_is_refused_by_its_name(name, text, checkpoi
         shutil.copytree(checkpoint, checkpoint.parent / "resumed" / "checkpoint-2")
         with pytest.raises(ValueError, match=f"has a damaged {name}"):
             resume(text, checkpoint, resume_from_checkpoint="true")
+
+
+def test_a_changed_byte_is_told_by_the_checksums_of_an_archive(text, checkpoint):
+    """torch reads the data of a tensor, and a state, without a look at them."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        with zipfile.ZipFile(checkpoint / name) as archive:
+            largest = max(archive.infolist(), key=lambda item: item.file_size)
+        start = whole.index(whole[largest.header_offset : largest.header_offset + 30]) + 30 + largest.file_size // 2
+        (checkpoint / name).write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+        with pytest.raises(ValueError, match=f"must be a whole checkpoint, but .* has a damaged {name}"):
+            resume(text, checkpoint)
+        (checkpoint / name).write_bytes(whole)
+
+
+def test_every_file_of_a_checkpoint_is_held_to_its_digest(text, whole, tmp_path):
+    checkpoint = Path(shutil.copytree(whole[1] / "checkpoint-2", tmp_path / "checkpoint-2"))
+    listed = read_digests(checkpoint)
+    assert {"config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} < set(listed)
+    for name, old, new in (
+        ("trainer_state.json", '"global_step": 2', '"global_step": 1'),
+        ("config.json", '"layer_norm_eps": 1e-05', '"layer_norm_eps": 1e-04'),
+        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
+    ):
+        content = (checkpoint / name).read_text("utf-8")
+        assert old in content or old.replace(": ", ":") in content, name
+        changed = content.replace(old, new).replace(old.replace(": ", ":"), new.replace(": ", ":"))
+        (checkpoint / name).write_text(changed, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"must be as its SHA256SUMS says, but {name} has other content"):
+            resume(text, checkpoint)
+        (checkpoint / name).write_text(content, encoding="utf-8")
+    resumed = resume(text, checkpoint).model.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole[0].items())
+
+
+class Harmful:
+    """A pickle that runs code where it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["archive", "bare"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_code_in_a_pickle_is_not_run(name, form, text, whole, checkpoint, tmp_path):
+    trap = tmp_path / "ran"
+    if form == "archive":
+        torch.save({"state": Harmful(trap)}, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(Harmful(trap)))
+    if name == "training_args.bin":  # which nothing reads
+        resumed = resume(text, checkpoint).model.state_dict()
+        assert all(torch.equal(value, resumed[key]) for key, value in whole[0].items())
+    else:
+        found = "torch refuses to read" if form == "archive" else "damaged"
+        with pytest.raises(ValueError, match=f"must be a whole checkpoint, but .*{name}|{found}"):
+            resume(text, checkpoint)
+    assert not trap.exists()
+    with pytest.raises(FileExistsError):  # the trap works
+        trap.mkdir()
+        torch.load(checkpoint / name, weights_only=False) if form == "archive" else pickle.loads(
+            (checkpoint / name).read_bytes()
+        )
 
 
 def test_half_precision_goes_on_with_its_scale(checkpoint):
@@ -179,8 +250,22 @@ def test_a_run_goes_on_longer_and_never_shorter(text, checkpoint, caplog):
     assert resume(text, checkpoint, max_steps="5").state.global_step == 5
     assert "the run goes on to step 5 in place of 4" in caplog.text
     final = checkpoint.parent / "resumed" / "checkpoint-5"
-    with pytest.raises(ValueError, match="`max_steps` must be above 5, the step of the checkpoint, but got 5"):
-        resume(text, final, max_steps="5")
+    with pytest.raises(ValueError, match="`max_steps` must be above 5, the step of the checkpoint, but got 4"):
+        resume(text, final, max_steps="4")
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_saved_and_evaluated(text, whole, tmp_path):
+    """By a kill while it wrote the finished model, say."""
+    last = shutil.copytree(whole[1] / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    evaluated = {"do_eval": "True", "validation_file": text, "max_eval_samples": "1"}
+    finished = run(text, tmp_path / "run", resume_from_checkpoint="true", **evaluated)
+    assert finished.state.global_step == 4
+    assert (tmp_path / "run" / "eval_results.json").is_file() and (tmp_path / "run" / "README.md").is_file()
+    assert not (tmp_path / "run" / "train_results.json").exists()  # nothing was trained
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole[1] / name).read_bytes(), name
+    with pytest.raises(ValueError, match="`max_steps` must be above 4, the step of the checkpoint, but got 3"):
+        resume(text, last, max_steps="3")
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(text, checkpoint):

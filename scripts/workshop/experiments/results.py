@@ -59,6 +59,8 @@ def check_line(line: dict) -> None:
     for field, inner in fields.items():
         if field not in line:
             raise ValueError(f"A line must have the field `{field}`, but the one of key {line.get('key')!r} lacks it.")
+        if inner and not isinstance(line[field], dict):
+            raise ValueError(f"`{field}` must have {list(inner)}, but is {line[field]!r} in {line.get('key')!r}.")
         for name in inner:
             if name not in line[field]:
                 raise ValueError(f"`{field}` must have {list(inner)}, but lacks {name!r} in {line['key']!r}.")

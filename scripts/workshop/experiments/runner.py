@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from workshop.data import load_file
 from workshop.experiments.plan import Experiment, Run
+from workshop.experiments.results import check_line
 from workshop.experiments.run import train_run
 from workshop.experiments.store import append_line, losses, read_lines, text_folder
 from workshop.experiments.tasks import describe_rows
@@ -168,6 +169,8 @@ class Runner:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.origin = machine(device) | {"workers": self.workers, "threads": self.threads}
         self.lines = read_lines(self.path)
+        for line in self.lines:
+            check_line(line)
         self.text = {item.name: describe_text(item, self.data_dir) for item in experiments}
         molecular = [item for item in experiments if item.smiles is not None]
         if molecular:

@@ -5,28 +5,50 @@ import json
 import os
 from pathlib import Path
 
+from modeling_spiralformer.files_spiralformer import unique
 from workshop.files import read_text
+
+DIGEST = "sha256"
+
+
+def digest(line: dict) -> str:
+    """SHA-256 of a line as it is written, without the field that holds it."""
+    return hashlib.sha256(json.dumps(line, allow_nan=False).encode()).hexdigest()
+
+
+def parse_line(text: str) -> dict:
+    """
+    What a line holds, without its digest. Raises ValueError where it is no JSON object, or not the one that was
+    written; lines that are older than digests have none.
+    """
+    line = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(line, dict):
+        raise ValueError(f"it is {text!r}")
+    written = line.pop(DIGEST, None)
+    if written is not None and written != digest(line):
+        raise ValueError(f"`{DIGEST}` is not that of its other fields")
+    return line
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is no JSON."""
-    if not Path(path).exists():
+    """All lines; none where there is no file yet. Raises ValueError, with its number, for a line that is damaged."""
+    if not os.path.lexists(path):
         return []
     lines = []
     for number, text in enumerate(read_text("lines", path).splitlines(), start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
-        if not isinstance(line, dict):
-            raise ValueError(f"{path}, line {number}, must be a JSON object, but is {text!r}.")
-        lines.append(line)
+            lines.append(parse_line(text))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, must be a JSON object as it was written: {error}") from error
     return lines
 
 
 def append_line(path: str | Path, line: dict) -> None:
-    """Adds one line and waits until it is on the disk. NaN and infinities have no place in JSON: ValueError."""
-    text = json.dumps(line, allow_nan=False) + "\n"
+    """
+    Adds one line, with its digest, and waits until it is on the disk. NaN and infinities have no place in JSON:
+    ValueError.
+    """
+    text = json.dumps({**line, DIGEST: digest(line)}, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)

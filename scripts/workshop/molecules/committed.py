@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
+from modeling_spiralformer.files_spiralformer import check_digests, write_digests
+from workshop.checkpoints import CHECKPOINT_FILES
 from workshop.files import write_json
 from workshop.model_card import make_card
 from workshop.molecules.judging import SAMPLE_CLASSES, judge, share
@@ -51,6 +53,7 @@ def read_run(folder: Path) -> dict:
         raise ValueError(
             f"`model` must be the folder of a finished run, but {str(folder)!r} lacks {TRAINER_STATE_NAME}."
         )
+    check_digests(folder, [TRAINER_STATE_NAME])
     record, state = saved_record(folder), read_state(folder)
     settings = {name: record[name] for name in SETTINGS} | {"steps": state["global_step"]}
     return {"settings": settings, "training_rows": record["training text"]}
@@ -84,6 +87,7 @@ def write_folder(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)  # where code is that this folder does not hold
     write_json(folder / "config.json", config, indent=2)
+    write_digests(folder, CHECKPOINT_FILES)
     write_json(folder / "figures.json", figures, indent=1)
     validation, samples, total = figures["validation"], figures["samples"], figures["samples"]["count"]
     parts = {kind: cell(share(samples[kind], total), percent=True) for kind in SAMPLE_CLASSES}
