@@ -4,8 +4,8 @@
 
 It needs a token that may write, in HF_TOKEN or from `hf auth login`; HF_ENDPOINT names a Hub of your own.
 The repository is made private, and holds the model's code: a machine without this package loads it by
-`AutoModelForCausalLM.from_pretrained(repo_id, revision="COMMIT", trust_remote_code=True)`, COMMIT being the id of the commit
-whose code has been read there.
+`AutoModelForCausalLM.from_pretrained(repo_id, revision="COMMIT", trust_remote_code=True)`, COMMIT being the id of the
+commit whose code has been read there.
 """
 
 import sys
