@@ -26,7 +26,7 @@ help:
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"
-	@echo "make long-run     a million tokens decoded by one process, memory and last logits checked: ten minutes"
+	@echo "make long-run     a million tokens decoded by one process, memory and last logits checked: half an hour"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, and many requests at once: about 70 minutes"
