@@ -392,7 +392,7 @@ def test_a_report_of_lines_that_are_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="`runs` must be an existing file, but got '.*no.jsonl'"):
         report.main(arguments)
     (tmp_path / "no.jsonl").write_text("[]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no.jsonl, line 1, must be a JSON object, but is"):
+    with pytest.raises(ValueError, match=r"no.jsonl, line 1, must be a JSON object as it was written: it is '\[\]'"):
         report.main(arguments)
 
 
