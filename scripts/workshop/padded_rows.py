@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    Cache,
+    BatchEncoding,
     DataCollatorForLanguageModeling,
     EvalPrediction,
     PreTrainedModel,
@@ -36,19 +36,19 @@ def losses_of_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    make_cache: Callable[[], Cache] | None = None,
+    read: Callable[[BatchEncoding], torch.Tensor] | None = None,
 ) -> np.ndarray:
     """What a model loses on each row, without a Trainer: `row_losses` in float64, `(rows, 2)`.
 
     Args:
-        make_cache: gives an empty cache for each batch, through which attention reads its keys. Default: none.
+        read: gives the logits of a batch. Default: one call without a cache.
     """
     collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
-        labels = batch.pop("labels")
-        cached = {"use_cache": False} if make_cache is None else {"past_key_values": make_cache()}
-        found.append(row_losses(model(**batch.to(model.device), **cached).logits.cpu(), labels))
+        labels, batch = batch.pop("labels"), batch.to(model.device)
+        logits = model(**batch, use_cache=False).logits if read is None else read(batch)
+        found.append(row_losses(logits.cpu(), labels))
     return torch.cat(found).double().numpy()
 
 

@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 import compare_cache_precision
 import compare_cache_sharing
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, SpiralFormerQuantizedCache
-from workshop.molecules import cache_sharing
-from workshop.molecules.cache_precision import Way, bytes_per_token, levels_of
+from workshop import padded_rows
+from workshop.molecules.cache_precision import Way, bytes_per_token, levels_of, losses_through_cache
 from workshop.molecules.cache_sharing import FIRST, FIRST_ALONE, LAST, MEAN, WAYS, SharedKeys, groups_of, sharing_cache
 from workshop.molecules.quantising import ratio
 from workshop.molecules.rows import make_rows
@@ -55,7 +55,7 @@ def words(models: Path, output: Path, *more: str) -> list[str]:
 def test_losses_through_a_cache_are_those_of_decoding(models):
     model = SpiralFormerForCausalLM.from_pretrained(models / "spiral").eval().double()
     rows, options = make_rows(MOLECULES[:3], TOKENIZER, 24), {"nbits": {4: 4, 1: 8}}
-    found = losses_of_rows(model, TOKENIZER, rows, lambda: SpiralFormerQuantizedCache(model.config, **options))
+    found = losses_through_cache(model, TOKENIZER, rows, options)
     for ids, (loss, count) in zip(rows["input_ids"], found, strict=True):
         cache, expected = SpiralFormerQuantizedCache(model.config, **options), 0.0
         with torch.no_grad():
@@ -92,8 +92,7 @@ def test_the_command_of_the_page_quantises_level_by_level(models, tmp_path, caps
         ("all", "int8, heads", {"nbits": 8}),
         ("all", "int4, heads, the finest level int8", {"nbits": {4: 4, 1: 8}}),
     ):
-        made = lambda options=options: SpiralFormerQuantizedCache(model.config, **options)  # noqa: E731
-        after = losses_of_rows(model, TOKENIZER, rows, made)
+        after = losses_through_cache(model, TOKENIZER, rows, options)
         way = results["spiral"]["levels"][level][name]
         assert way["difference"]["value"] == pytest.approx(ratio(after[:, 0] - before[:, 0], before[:, 1])["value"])
         assert way["nats_per_token"] == pytest.approx(after[:, 0].sum() / after[:, 1].sum())
@@ -176,7 +175,7 @@ def test_a_model_that_repeats_nothing_is_refused(options):
 
 
 def test_the_command_of_the_page_shares_entries(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cache_sharing, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(padded_rows, "ROWS_AT_ONCE", 4)
     _, command = map(shlex.split, commands("docs/cache_precision.md"))
     assert command[:2] == ["python", "scripts/compare_cache_sharing.py"] and command[2::2] == ["--data_file"]
     more = ["--molecules", "6", "--models", str(models / "looped")]  # of a word that is there twice the last counts

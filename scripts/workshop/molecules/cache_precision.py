@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_spiralformer import SpiralFormerQuantizedCache
 from modeling_spiralformer.precision_spiralformer import FULL, entry_sizes
@@ -83,6 +85,21 @@ def bytes_per_token(model: PreTrainedModel, options: dict) -> float:
     return sum(cache_layer_bytes(shapes, COUNTED_TOKENS, cache=cache)) / COUNTED_TOKENS
 
 
+def losses_through_cache(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, options: dict
+) -> np.ndarray:
+    """What a model loses on each row that it reads through a quantised cache: `row_losses` in float64, `(rows, 2)`.
+
+    Args:
+        options: of the cache.
+    """
+
+    def read(batch: BatchEncoding) -> torch.Tensor:
+        return model(**batch, past_key_values=SpiralFormerQuantizedCache(model.config, **options)).logits
+
+    return losses_of_rows(model, tokenizer, rows, read)
+
+
 def compare_precisions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,9 +121,7 @@ def compare_precisions(
     for level, sizes in levels_of(model).items():
         figures["levels"][level] = found = {}
         for way, options in cases(ways, sizes):
-            after = losses_of_rows(
-                model, tokenizer, rows, lambda options=options: SpiralFormerQuantizedCache(model.config, **options)
-            )
+            after = losses_through_cache(model, tokenizer, rows, options)
             done()
             found[way.name] = {
                 "nats_per_token": after[:, 0].sum() / after[:, 1].sum(),

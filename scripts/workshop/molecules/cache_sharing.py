@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import DataCollatorForLanguageModeling, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_spiralformer import SpiralFormerConfig
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
@@ -21,7 +21,7 @@ from workshop.evaluation import load
 from workshop.experiments.quantised import change_cell
 from workshop.molecules.quantising import ratio
 from workshop.molecules.rows import make_rows
-from workshop.padded_rows import ROWS_AT_ONCE, row_losses
+from workshop.padded_rows import losses_of_rows
 from workshop.tables import markdown_table
 
 FIRST, FIRST_ALONE, MEAN, LAST = "first", "first alone", "mean", "last"
@@ -106,7 +106,6 @@ def sharing_cache(config: SpiralFormerConfig, groups: list[list[int]], way: str)
     return cache
 
 
-@torch.no_grad()
 def losses_by_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,14 +114,13 @@ def losses_by_token(
     way: str = LAST,
 ) -> np.ndarray:
     """What a model loses on each row that it reads token by token: `row_losses` in float64, `(rows, 2)`."""
-    collate, found = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = collate(list(rows.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))))
-        cache, columns = sharing_cache(model.config, groups, way), batch["input_ids"].to(model.device).split(1, dim=1)
-        # Rows end in pad ids, which no loss and no earlier token sees.
-        logits = torch.cat([model(column, past_key_values=cache).logits for column in columns], dim=1)
-        found.append(row_losses(logits.cpu(), batch["labels"]))
-    return torch.cat(found).double().numpy()
+
+    def read(batch: BatchEncoding) -> torch.Tensor:
+        # Without the mask: rows end in pad ids, which no loss and no earlier token sees.
+        cache, columns = sharing_cache(model.config, groups, way), batch["input_ids"].split(1, dim=1)
+        return torch.cat([model(column, past_key_values=cache).logits for column in columns], dim=1)
+
+    return losses_of_rows(model, tokenizer, rows, read)
 
 
 def compare_sharing(
