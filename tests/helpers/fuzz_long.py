@@ -10,7 +10,6 @@ fault.
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import sys
 import time
@@ -32,6 +31,7 @@ from batched_requests import check_requests  # noqa: E402  this checkout's packa
 from cache_machine import CacheMachine  # noqa: E402
 from support import model_options  # noqa: E402
 
+from workshop.experiments.store import append_line, read_lines  # noqa: E402
 from workshop.provenance import machine  # noqa: E402
 
 RECORD = ROOT / "docs" / "results" / "fuzz.jsonl"
@@ -109,17 +109,13 @@ def batches() -> Iterator[tuple[str, int, int]]:
         yield kind, number, HISTORIES[kind]
 
 
-def read_record(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--histories", type=int, default=100_000, help="How many there shall be in the record.")
     parser.add_argument("--workers", type=int, default=2, help="Processes.")
     parser.add_argument("--record", type=Path, default=RECORD, help="Where the finished batches are.")
     arguments = parser.parse_args(argv)
-    lines = read_record(arguments.record)
+    lines = read_lines(arguments.record)
     finished = {line["seed"] for line in lines}
     total = sum(sum(line["histories"].values()) for line in lines)
     origin = machine(torch.device("cpu"))
@@ -131,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         while total < arguments.histories:
             ready = [next(left) for _ in range(arguments.workers)]
             for line in pool.imap_unordered(play_batch, ready):
-                with arguments.record.open("a", encoding="utf-8") as record:
-                    record.write(json.dumps(line | {"commit": origin["commit"], "date": origin["date"]}) + "\n")
+                append_line(arguments.record, line | {"commit": origin["commit"], "date": origin["date"]})
                 count = sum(line["histories"].values())
                 total += count
                 progress.update(count)

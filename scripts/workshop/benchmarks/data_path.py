@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from workshop.benchmarks.workloads import synchronize
 from workshop.tables import markdown_table
 
 WARM_UP = 10  # steps that are not counted
@@ -43,13 +44,12 @@ class BesideBareSteps(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.bare = BareStep(trainer)
+        self.bare, self.device = BareStep(trainer), trainer.args.device
         self.seconds: list[tuple[float, float]] = []  # of a step of the Trainer, of a bare one
         self.mark = 0.0
 
     def now(self) -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        synchronize(self.device)
         return time.perf_counter()
 
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):

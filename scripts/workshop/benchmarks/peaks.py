@@ -11,14 +11,10 @@ from transformers import PreTrainedModel
 from workshop.benchmarks.measuring import Grid, count
 from workshop.benchmarks.models import models_of
 from workshop.benchmarks.results import MEBIBYTE, GridResults
-from workshop.benchmarks.workloads import Decode, Prefill, TrainingStep, peak_bytes, training_peak_bytes
+from workshop.benchmarks.workloads import Decode, Prefill, TrainingStep, peak_bytes, training_peak_bytes, weight_bytes
 from workshop.tables import markdown_table
 
 WORKLOADS = ("prefill", "decode", "training")
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def prefill_peak(model: PreTrainedModel, length: int) -> int:

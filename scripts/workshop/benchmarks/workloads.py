@@ -184,8 +184,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device, held: int) -> i
     return most
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of all parameters, a shared one once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def training_peak_bytes(step: TrainingStep) -> int:
     """Peak of a training step that has run before: weights, gradients, both moments of AdamW, activations."""
     states = (value for state in step.optimizer.state.values() for value in state.values())
-    held = sum(p.nbytes for p in step.model.parameters()) + sum(value.nbytes for value in states)
+    held = weight_bytes(step.model) + sum(value.nbytes for value in states)
     return peak_bytes(step, step.model.device, held)

@@ -3,10 +3,10 @@ Rings and branches in the samples of finished runs (`molecules.hierarchy`). The 
 are read from the samples that the run kept beside its model, and have lines of their own.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling_spiralformer.files_spiralformer import digest
 from workshop.experiments.results import ModelResults, check_line
 from workshop.experiments.store import append_line, read_lines, run_folder
 from workshop.files import read_text
@@ -90,7 +90,7 @@ def tally_runs(lines: list[dict], runs_dir: str | Path, data_dir: str | Path, pa
         if train["sha256"] not in known.training:
             file = Path(data_dir) / train["file"]
             molecules = read_molecules("data_dir", file)
-            if hashlib.sha256(file.read_bytes()).hexdigest() != train["sha256"]:
+            if digest(file) != train["sha256"]:
                 raise ValueError(f"`data_dir` must hold the {train['file']} that run {line['key']} was trained on.")
             known.training[train["sha256"]] = tally(molecules)
             append_line(path, {"training": train["sha256"], "samples": known.training[train["sha256"]]})

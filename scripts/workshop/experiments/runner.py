@@ -3,7 +3,6 @@
 It can be killed at any moment and started again: finished runs are skipped, others go on from their last checkpoint.
 """
 
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from modeling_spiralformer.files_spiralformer import digest
 from workshop.data import load_file
 from workshop.experiments.plan import Experiment, Run
 from workshop.experiments.results import check_line
@@ -93,7 +93,7 @@ def describe_text(experiment: Experiment, data_dir: Path) -> dict[str, dict[str,
         if not (data_dir / file).is_file():
             raise FileNotFoundError(f"`data_dir` must hold {file}, the {name} text of {experiment.name}: {data_dir}.")
         load_file(name, str(data_dir / file))
-        described[name] = {"file": file, "sha256": hashlib.sha256((data_dir / file).read_bytes()).hexdigest()}
+        described[name] = {"file": file, "sha256": digest(data_dir / file)}
     return described
 
 
