@@ -32,8 +32,7 @@ class CachePrecisionArguments:
 
     def __post_init__(self):
         check_counts(self, "group_size")
-        if self.molecules < 2:
-            raise ValueError(f"`molecules` must be an integer >= 2, but got {self.molecules}.")
+        check_counts(self, "molecules", least=2)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

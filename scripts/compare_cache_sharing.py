@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from workshop.files import ROOT, check_folder, write_json
 from workshop.molecules.cache_sharing import share_all, sharing_report
 from workshop.molecules.rows import read_molecules
+from workshop.settings import check_counts
 
 MODELS = [str(ROOT / "checkpoints" / name) for name in ("spiralformer-53k", "smollm-53k")]
 
@@ -29,8 +30,7 @@ class CacheSharingArguments:
     output_dir: str = field(default="runs/cache_sharing", metadata={"help": "Where figures and table go."})
 
     def __post_init__(self):
-        if self.molecules < 2:
-            raise ValueError(f"`molecules` must be an integer >= 2, but got {self.molecules}.")
+        check_counts(self, "molecules", least=2)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

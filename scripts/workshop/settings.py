@@ -114,12 +114,12 @@ def types_of(*classes: type) -> dict[str, Any]:
 # -- ranges -------------------------------------------------------------------------------------------------------
 
 
-def check_counts(settings: object, *names: str) -> None:
-    """Raises ValueError where a named setting is below 1; one that is None is not set."""
+def check_counts(settings: object, *names: str, least: int = 1) -> None:
+    """Raises ValueError where a named setting is below the least count; one that is None is not set."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be an integer >= 1, but got {value}.")
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be an integer >= {least}, but got {value}.")
 
 
 def check_left_out(settings: object, by: str, *kept: str) -> None:
