@@ -1,6 +1,7 @@
 """Models of molecules that the repository keeps: each is what its card says; the commands that make and show them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,20 @@ def test_a_run_that_has_not_finished_is_refused(kept, tmp_path):
         ValueError, match="`model` must be the folder of a finished run, but .* lacks trainer_state.json"
     ):
         keep_molecules.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
+
+
+def test_a_run_whose_state_was_changed_is_refused(kept, tmp_path):
+    """The card would say other settings than those of the run."""
+    folder = Path(shutil.copytree(kept[1], tmp_path / "run"))
+    expected = committed.read_run(folder)
+    state = (folder / "trainer_state.json").read_text()
+    changed = state.replace('"weight_decay": ', '"weight_decay": 1')
+    assert changed != state
+    (folder / "trainer_state.json").write_text(changed)
+    with pytest.raises(ValueError, match="trainer_state.json has other content"):
+        committed.read_run(folder)
+    (folder / "trainer_state.json").write_text(state)
+    assert committed.read_run(folder) == expected
 
 
 # -- drawing them -----------------------------------------------------------------------------------------------------
