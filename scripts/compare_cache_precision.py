@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from workshop.files import ROOT, check_folder, write_json
+from workshop.files import ROOT, check_folder, write_report
 from workshop.molecules.cache_precision import compare_all, precision_report
 from workshop.molecules.rows import read_molecules
 from workshop.settings import check_counts
@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     molecules = read_molecules("data_file", arguments.data_file)[: arguments.molecules]
     results = compare_all(arguments.models, molecules, arguments.group_size)
     text = precision_report(results, arguments.group_size, len(molecules))
-    print(text)
-    write_json(folder / "cache_precision.json", results, indent=1)
-    (folder / "cache_precision.md").write_text(text + "\n", encoding="utf-8")
+    write_report(folder, "cache_precision", results, text, indent=1)
     return results
 
 

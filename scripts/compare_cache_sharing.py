@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from workshop.files import ROOT, check_folder, write_json
+from workshop.files import ROOT, check_folder, write_report
 from workshop.molecules.cache_sharing import share_all, sharing_report
 from workshop.molecules.rows import read_molecules
 from workshop.settings import check_counts
@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     molecules = read_molecules("data_file", arguments.data_file)[: arguments.molecules]
     results = share_all(arguments.models, molecules)
     text = sharing_report(results, len(molecules))
-    print(text)
-    write_json(folder / "cache_sharing.json", results, indent=1)
-    (folder / "cache_sharing.md").write_text(text + "\n", encoding="utf-8")
+    write_report(folder, "cache_sharing", results, text, indent=1)
     return results
 
 

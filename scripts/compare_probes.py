@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from workshop.experiments.probing import probe_all, probes_report
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
-from workshop.files import check_folder, write_json
+from workshop.files import check_folder, write_report
 from workshop.settings import check_counts
 
 
@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     how = (arguments.sequences, arguments.length or experiment.example_length, arguments.local_tokens)
     results = probe_all(trained, path, *how)
     text = probes_report(results, describe_trained(trained), *how)
-    print(text)
-    write_json(folder / "probes.json", results)
-    (folder / "probes.md").write_text(text + "\n", encoding="utf-8")
+    write_report(folder, "probes", results, text)
     return results
 
 

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from workshop.experiments.quantised import quantise_all, quantised_report
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
-from workshop.files import check_folder, write_json
+from workshop.files import check_folder, write_report
 from workshop.molecules.quantising import check_torchao
 from workshop.settings import check_counts
 
@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     folder = check_folder("output_dir", arguments.output_dir, ("quantised.json", "quantised.md"))
     results = quantise_all(trained, experiment.references, path, arguments.molecules, arguments.group_size)
     text = quantised_report(results, experiment.references, describe_trained(trained), arguments.molecules)
-    print(text)
-    write_json(folder / "quantised.json", results, indent=1)
-    (folder / "quantised.md").write_text(text + "\n", encoding="utf-8")
+    write_report(folder, "quantised", results, text, indent=1)
     return results
 
 

@@ -121,3 +121,10 @@ def write_json(path: str | Path, value: object, indent: int | None = None) -> No
     """Writes JSON in UTF-8 and makes its folder; null stands for a figure that is not finite."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(finite(value), indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_report(folder: Path, name: str, figures: object, text: str, indent: int | None = None) -> None:
+    """Prints a report, and writes `<name>.json` with its figures and `<name>.md` with its text into the folder."""
+    print(text)
+    write_json(folder / f"{name}.json", figures, indent=indent)
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
