@@ -1,6 +1,7 @@
 """What models cost, counted and not timed: parameters, FLOPs, bytes of weights and cache, layer calls.
 
-Models are counted on the meta device, where they have shapes and no numbers: no size costs memory or time.
+Published models are counted on the meta device, where they have shapes and no numbers: no size costs memory. Those of
+experiments are small, and counted with numbers: torch's kernels take less time than its shapes do.
 """
 
 import copy
@@ -96,9 +97,9 @@ def call_lengths(config: PreTrainedConfig, length: int) -> list[int]:
 
 def count_flops(model: PreTrainedModel, length: int) -> dict[str, int]:
     """
-    FLOPs (2 per multiply-add) of a prefill, and of forward and backward of a training step, batch 1, of a model on the
-    meta device. Attention counts the whole square of queries and keys, as the paper's figures do; the entries
-    "... causal" count the half of it that a causal kernel computes.
+    FLOPs (2 per multiply-add) of a prefill, and of forward and backward of a training step, batch 1; the model's
+    attention is eager from then on. It counts the whole square of queries and keys, as the paper's figures do; the
+    entries "... causal" count the half of it that a causal kernel computes.
     """
     model.set_attn_implementation("eager")
     ids = token_ids(model, 1, length)
@@ -210,12 +211,14 @@ def count_costs(config: SpiralFormerConfig, block_size: int) -> dict[str, float]
     average decode step.
     """
     parameters, non_embedding = count_parameters(config)
-    flops = count_flops(meta_model(config), block_size)
+    model = SpiralFormerForCausalLM(copy.deepcopy(config)).eval()
+    cached = sum(cache_layer_bytes(model, block_size))
+    flops = count_flops(model, block_size)
     return {
         "parameters": parameters,
         "non_embedding_parameters": non_embedding,
         "training_flops_per_block": flops["training"],
         "prefill_flops_per_token": flops["prefill"] / block_size,
-        "kv_bytes_per_token": sum(cache_layer_bytes(meta_model(config), block_size)) / block_size,
+        "kv_bytes_per_token": cached / block_size,
         "decode_layer_equivalents": layer_equivalents(config),
     }
