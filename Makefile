@@ -90,8 +90,8 @@ test-cuda: export OMP_NUM_THREADS = 1
 test-cuda:
 	$(PYTHON) -m pytest --device $(DEVICE) -n 8 tests/cache tests/model/test_accelerator.py \
 		tests/model/test_arguments.py tests/model/test_elastic.py tests/model/test_elastic_generation.py \
-		tests/model/test_families.py tests/model/test_generation.py tests/model/test_heads.py tests/model/test_modeling.py \
-		tests/model/test_packing.py tests/model/test_reference.py \
+		tests/model/test_families.py tests/model/test_flex_attention.py tests/model/test_generation.py \
+		tests/model/test_heads.py tests/model/test_modeling.py tests/model/test_packing.py tests/model/test_reference.py \
 		-m "not real and not host and not processes" -k "not compile or accelerator"
 
 # vLLM takes an older transformers. What its distribution for a CPU asks for beside this torch does not load, and triton

@@ -100,6 +100,7 @@ from .continuous_spiralformer import (
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
+from .flex_spiralformer import check_flex, unfused_on_cpu
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .paging_spiralformer import PagedState
@@ -251,7 +252,7 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_flex_attn = True
     _supports_attention_backend = False
     _can_compile_fullgraph = True
     # The embeddings are recorded where they leave the dropout: with no prelude the first layer sees latents.
@@ -385,6 +386,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
     @takes_either_cache_name("cache")
     @merge_with_config_defaults
     @capture_outputs
+    @unfused_on_cpu
     @auto_docstring
     def forward(
         self,
@@ -509,6 +511,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         boundaries = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
         if self.shared and not is_torchdynamo_compiling():
             check_shared(self)
+        check_flex(self, inputs_embeds, given_cache, given)
         every_row, rows = meet_adapters(self), Rows()
         if uses_cache:
             cache = DynamicCache(config=self.config) if given_cache is None else given_cache

@@ -404,12 +404,10 @@ def test_resized_and_tied_embeddings(tmp_path):
 
 def test_capability_flags_promise_only_what_was_run():
     assert SpiralFormerModel._supports_sdpa and SpiralFormerModel._can_compile_fullgraph
-    assert not SpiralFormerModel._supports_flash_attn and not SpiralFormerModel._supports_flex_attn
+    assert SpiralFormerModel._supports_flex_attn and not SpiralFormerModel._supports_flash_attn
     assert not SpiralFormerModel._supports_attention_backend
     with pytest.raises((ValueError, ImportError)):
         SpiralFormerModel._from_config(small_config(), attn_implementation="flash_attention_2")
-    with pytest.raises(ValueError, match="flex_attention"):
-        SpiralFormerModel._from_config(small_config(), attn_implementation="flex_attention")
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------

@@ -359,7 +359,7 @@ def test_the_library_alone_does_not_find_the_class(library):
 def test_engines_are_told_that_the_model_is_no_back_end(model_class):
     """vLLM and SGLang ask the class that the checkpoint's auto_map names."""
     assert model_class.is_backend_compatible() is False
-    for flag in ("_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+    for flag in ("_supports_flash_attn", "_supports_attention_backend"):
         assert getattr(model_class, flag) is False
     model = model_class(small_config())
     assert not model.supports_pp_plan
