@@ -92,11 +92,15 @@ def play_requests(number: int, count: int) -> Counter:
 PLAYS = {"cache": play_cache, "requests": play_requests}
 
 
+def start_worker() -> None:
+    """Called once in each new process: one thread, and no warnings between the lines of progress."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+
+
 def play_batch(batch: tuple[str, int, int]) -> dict:
     """One batch, and the line that records it."""
     kind, number, count = batch
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
     started = time.time()
     played = PLAYS[kind](number, count)
     return {"kind": kind, "seed": number, "histories": dict(played), "seconds": round(time.time() - started, 1)}
@@ -122,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     left = (batch for batch in batches() if batch[1] not in finished)
     with (
         tqdm(total=arguments.histories, initial=total, unit=" histories") as progress,
-        multiprocessing.get_context("spawn").Pool(arguments.workers) as pool,
+        multiprocessing.get_context("spawn").Pool(arguments.workers, start_worker) as pool,
     ):
         while total < arguments.histories:
             ready = [next(left) for _ in range(arguments.workers)]
