@@ -225,7 +225,7 @@ def _read_mask(
         return None if attention_mask is None else LeftPadding.of(attention_mask), attention_mask, False, None
     length, padding = inputs_embeds.shape[1], past.padding
     if attention_mask is not None:
-        attention_mask = _check_mask_shape(attention_mask, inputs_embeds, past).to(inputs_embeds.device)
+        attention_mask = check_mask_shape(attention_mask, inputs_embeds, past).to(inputs_embeds.device)
     if past.rows is not None and past.rows.right_padded:
         raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
     compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
@@ -265,7 +265,7 @@ def _look_at_mask(attention_mask: torch.Tensor, pads: LeftPadding, past: Past) -
     return is_padded, right_padded
 
 
-def _check_mask_shape(attention_mask: torch.Tensor, inputs_embeds: torch.Tensor, past: Past) -> torch.Tensor:
+def check_mask_shape(attention_mask: torch.Tensor, inputs_embeds: torch.Tensor, past: Past) -> torch.Tensor:
     """The mask `(B, past + S)`, also out of one that has all the columns of a static cache."""
     if not isinstance(attention_mask, torch.Tensor):
         raise ValueError(f"`attention_mask` must be a tensor, but got {type(attention_mask).__name__}.")
@@ -362,4 +362,4 @@ def _wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: t
     )
 
 
-__all__ = ["BOUNDARIES", "Batch", "LeftPadding", "PackedTexts", "Past", "Rows", "read_batch"]
+__all__ = ["BOUNDARIES", "Batch", "LeftPadding", "PackedTexts", "Past", "Rows", "check_mask_shape", "read_batch"]

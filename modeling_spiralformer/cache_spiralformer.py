@@ -241,7 +241,7 @@ def find_states(
     if is_new and ((static and is_torchdynamo_compiling()) or cache.get_seq_length() == 0):
         _start(cache, core, config, grids, inputs_embeds)
     states = [owner.state for owner in owners if owner.state is not None]
-    _check_states(states, grids, inputs_embeds.shape[0])
+    check_states(states, grids, inputs_embeds.shape[0])
     if static:
         check_room(states, inputs_embeds.shape[1])  # type: ignore[arg-type]  # each a StaticState
         return states
@@ -346,7 +346,8 @@ def _local_heads(config: SpiralFormerConfig) -> int:
     return heads // processes
 
 
-def _check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:
+def check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:
+    """Raises `ValueError` for states of another schedule or batch, or that an error left half written."""
     if [state.grid for state in states] != grids:
         raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
     if states[0].rows.unfinished:
@@ -407,6 +408,7 @@ __all__ = [
     "SpiralFormerLatentLayer",
     "SpiralFormerQuantizedCache",
     "SpiralFormerTokenLayer",
+    "check_states",
     "find_states",
     "make_quantised",
     "read_past",

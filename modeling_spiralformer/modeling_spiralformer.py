@@ -48,7 +48,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -90,6 +90,7 @@ from .cache_name_spiralformer import (
 )
 from .cache_spiralformer import NOT_OFFLOADED, IterationCache, MovedCache, find_states, make_quantised, read_past
 from .chunking_spiralformer import ChunkGrid, FilledChunks
+from .compiled_spiralformer import CompiledStep
 from .configuration_spiralformer import SpiralFormerConfig
 from .continuous_spiralformer import (
     TOKENIZER,
@@ -202,24 +203,26 @@ class SpiralFormerResolution(nn.Module):
         length = hidden_states.shape[1]
         filled = state.feed(hidden_states)  # chunks K(past) ... K(past + S) - 1; token i is member rho(i) of pi(i)
         if filled is not None:
-            latents = self._scale_down(state.members(filled), filled.present)  # z = Down(h)
+            latents = self.scale_down(state.members(filled), filled.present)  # z = Down(h)
             latents = core(latents, filled, cache)  # zhat = f_loop(z)
             state.store(latents.to(hidden_states.device), filled)  # the core may be on another device
         latents = state.readable(length)
-        updates = None if latents is None else self._scale_up(latents)  # u = Up(zhat)
+        updates = None if latents is None else self.scale_up(latents)  # u = Up(zhat)
         shifted = state.shift(updates, length)  # u_(i - s) of each token i
         state.trim(length)
         if filled is None and run_idle:
             shifted = shifted + self._idle(hidden_states, core)
         return shifted
 
-    def _scale_down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+    def scale_down(self, members: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        """Latents `(R, K, D)` of members `(R, K, G, D)`, of which those in `present` are there; None: all."""
         scores = None
         if self.scorer is not None:  # adapters of linear layers know no input of 4 dimensions, or take it for an image
             scores = self.scorer(members.flatten(1, 2)).view(members.shape[:3])
         return self.down(members, scores, present)
 
-    def _scale_up(self, latents: torch.Tensor) -> torch.Tensor:
+    def scale_up(self, latents: torch.Tensor) -> torch.Tensor:
+        """The updates `(B, K * G, D)` of every place of the chunks with these latents."""
         return self.up(latents, None if self.allocator is None else self.allocator(latents))
 
     def _idle(self, hidden_states: torch.Tensor, core: Callable) -> torch.Tensor:
@@ -232,9 +235,9 @@ class SpiralFormerResolution(nn.Module):
         members = hidden_states.new_zeros(rows, 1, self.chunk_size, hidden_states.shape[-1])
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
         filled = FilledChunks(first=0, end=1, position_ids=position_ids, member_columns=0)
-        latents = core(self._scale_down(members, None), filled, None).to(hidden_states.device)
+        latents = core(self.scale_down(members, None), filled, None).to(hidden_states.device)
         # Sums of nothing: zero, whatever the values.
-        return self._scale_up(latents)[:0].sum() + hidden_states[:0].sum()
+        return self.scale_up(latents)[:0].sum() + hidden_states[:0].sum()
 
 
 @auto_docstring
@@ -619,6 +622,7 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    compiled_step: CompiledStep | None = None
 
     def __init__(self, config: SpiralFormerConfig):
         super().__init__(config)
@@ -747,6 +751,14 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 f"{column}: ones where it is text. Padding belongs before a row's first token."
             )
         return mask
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """As the library does; but steps of one token over a static cache are compiled in parts (`CompiledStep`)."""
+        whole = super().get_compiled_call(compile_config)
+        if self.compiled_step is None or self.compiled_step.whole is not whole:
+            config = compile_config or getattr(self, "_last_compile_config", None) or self._default_compile_config()
+            self.compiled_step = CompiledStep(self, whole, config.to_dict())
+        return self.compiled_step
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_config.assistant_early_exit is not None:

@@ -17,6 +17,7 @@ Registered for `StaticCache`, which `generate(cache_implementation="static")` bu
 `level_spiralformer`.
 """
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -137,14 +138,19 @@ class StaticState(ResolutionState):
         pads = {0} if self.rows.padding is None else set(self.rows.padding.on_host)
         self.turn, self.final_padding = self._turn(pads), max(pads) < self.seen + length
 
-    def feed(self, states: torch.Tensor) -> FilledChunks | None:
-        length, size = states.shape[1], self.grid.size
+    def take_turn(self, length: int) -> bool:
+        """What Python keeps of a call of `length` tokens goes on by them; returns whether any row may fill a chunk."""
         self._begin(length)
         fills = length > 1 or self.turn is None or self.turn.fills
         if self.turn is not None:
-            for _ in range(length % size):
+            for _ in range(length % self.grid.size):
                 self.turn = self.turn.next
         self.seen = None if is_torchdynamo_compiling() else self.seen + length
+        return fills
+
+    def feed(self, states: torch.Tensor) -> FilledChunks | None:
+        length, size = states.shape[1], self.grid.size
+        fills = self.take_turn(length)
         if length == 1:
             self.token_ring.index_copy_(1, (self.column % size)[None], states)
             return self._filled_by_one_token() if fills else None
@@ -241,6 +247,23 @@ class StaticState(ResolutionState):
         self.tokens = self.latents = None
         self.column.add_(length)
 
+    # -- a step whose parts are compiled, after `take_turn` -------------------------------------------------------
+
+    def write_token(self, states: torch.Tensor) -> FilledChunks:
+        """One token into its ring; the latent that it fills where any row does."""
+        self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
+        filled = self._filled_by_one_token()
+        if self.rows.padding is None:
+            return filled
+        pads = self._pads()
+        last = self.grid.opened(self.column + 1, self.grid.phase(pads)) - 1
+        return replace(filled, valid=torch.cat([self.grid.first_latent(pads), last], dim=1))
+
+    def store_step(self, latents: torch.Tensor, filled: FilledChunks) -> None:
+        """The latent `(B, 1, D)` into its ring, in the rows that fill it now."""
+        fills = self.column % self.grid.size == self.grid.phase(self._pads())
+        copy_columns(self.latent_ring, latents, filled.first % self.latent_ring.shape[1], fills)
+
     # -- cache operations ---------------------------------------------------------------------------------------
 
     def map_rows(self, change: RowChange) -> None:
@@ -304,6 +327,8 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
         if not is_torchdynamo_compiling():
             for tensor in (self.keys, self.values, state.token_ring, state.latent_ring, state.column):
                 torch._dynamo.mark_static_address(tensor)
+            for tensor in (self.keys, self.values):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, filled: FilledChunks | None = None, *args, **kwargs

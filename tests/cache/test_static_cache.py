@@ -103,14 +103,17 @@ def counting(graphs: list):
     return backend
 
 
-def compiled_generate(model, ids, mask, fullgraph=True, dynamic=None, **how) -> tuple[torch.Tensor, torch.Tensor, int]:
+def compiled_generate(
+    model, ids, mask, fullgraph=True, dynamic=None, times=1, **how
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """generate() as on an accelerator, where it compiles by itself: tokens, logits and the number of graphs."""
     torch._dynamo.reset()
     graphs = []
     compiling = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend=counting(graphs), mode=None)
     compiling._compile_all_devices = True
     options = {**SEARCH, **how, "cache_implementation": "static", "compile_config": compiling}
-    out = model.generate(ids, attention_mask=mask, **options)
+    for _ in range(times):
+        out = model.generate(ids, attention_mask=mask, **options)
     return out.sequences, torch.stack(out.logits), len(graphs)
 
 
@@ -126,18 +129,60 @@ def fill_patterns(model, pads: list[int], columns: range) -> int:
     return len({tuple(filled(column, g, w) for g, w in zip(sizes, offsets, strict=True)) for column in columns})
 
 
-EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for dynamic in (None, False, True)]
+def parts_of(model) -> int:
+    """How many graphs a decode step has: the beginning, one between any two iterations, the core, and the end."""
+    return 2 + model.config.num_iterations
+
+
+EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for dynamic in (None, False)]
 
 
 @pytest.mark.parametrize(("lengths", "dynamic", "family"), [*EVERY_WAY, ((10, 6), None, "llama")], ids=str)
-def test_compiled_steps_need_one_graph_for_every_fill_pattern(lengths, dynamic, family):
+def test_compiled_steps_need_one_graph_for_every_part(lengths, dynamic, family):
+    """Whatever fills together: one for the layers of the core at all levels, and none for a second prompt."""
     model = small_model(chunk_sizes=[4, 2], layer_family=family, **FEW_LAYERS)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=11)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
-    tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=dynamic)
+    tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=dynamic, times=2)
     assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6  # float32 inside generate
-    assert graphs == fill_patterns(model, [11 - n for n in lengths], range(11, 23))
+    assert graphs == parts_of(model)
+
+
+@pytest.mark.parametrize("options", [STATIC["coprime"], STATIC["llama"]], ids=["coprime", "llama"])
+def test_every_flag_of_compilation_gives_the_same_logits(options):
+    """`dynamic=True` makes sizes symbols that are not: it may cost a graph or two, and none for a token."""
+    model = small_model(**options)
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (11, 6)], "left", total=11)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=True)
+    assert torch.equal(tokens, expected.sequences)
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+    assert graphs <= 2 * parts_of(model)
+
+
+def test_a_step_with_recorded_states_is_compiled_whole():
+    """What the parts know nothing of is in the whole forward, which is compiled as well."""
+    model = small_model(chunk_sizes=[2], **FEW_LAYERS)
+    ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    expected = model.generate(ids, attention_mask=mask, **SEARCH, output_hidden_states=True)
+    tokens, logits, graphs = compiled_generate(model, ids, mask, output_hidden_states=True)
+    assert torch.equal(tokens, expected.sequences) and graphs == fill_patterns(model, [0], range(11, 23))
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("refused", ["full", "mask", "rows"])
+def test_a_compiled_step_refuses_what_the_model_refuses(refused):
+    model = small_model(dtype=torch.float32, chunk_sizes=[2], **FEW_LAYERS)
+    step = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
+    cache = StaticCache(config=model.config, max_cache_len=9 if refused == "full" else 20)
+    with torch.no_grad():
+        model(random_ids(2, 8), past_key_values=cache)
+        step(input_ids=random_ids(2, 1), past_key_values=cache)
+        ids, mask = random_ids(3 if refused == "rows" else 2, 1), torch.ones(2, 4 if refused == "mask" else 10)
+        words = {"full": "max_cache_len 9, but got token 10", "mask": "`attention_mask`", "rows": "holds 2 rows"}
+        with pytest.raises(ValueError, match=words[refused]):
+            step(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +226,7 @@ def test_a_compiled_prefill_in_chunks(sizes, fullgraph, lengths):
     assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
     *_, of_prefill = compiled_generate(model, ids, mask, fullgraph, prefill_chunk_size=7, max_new_tokens=1)
-    patterns = fill_patterns(model, [23 - n for n in lengths], range(23, 35))
-    assert of_prefill <= 3 and graphs - of_prefill == patterns  # a step runs the levels that fill, and no others
+    assert of_prefill <= 3 and graphs - of_prefill == (parts_of(model) if sizes else 1)
 
 
 def test_a_compiled_prefill_keeps_its_padding_where_no_graph_writes(monkeypatch):
