@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --output runs/benchmark.json --plot runs/benchmark.png
     python scripts/benchmark.py --results runs/benchmark.json --plot runs/benchmark.png
+    python scripts/benchmark.py --only_compiled --threads 1 --output runs/compiled.json --plot runs/compiled.png
     python scripts/benchmark.py --layer_family llama --output runs/llama.json --plot runs/llama.png
 
 `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
@@ -14,7 +15,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import full_grids, measure, small_grids, with_compiled
+from workshop.benchmarks.measuring import compiled_alone, full_grids, measure, small_grids, with_compiled
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
 from workshop.settings import check_counts, check_left_out
@@ -31,6 +32,9 @@ class BenchmarkArguments:
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda where there is one."})
     compiled: bool = field(
         default=False, metadata={"help": "Decoding compiled with a static cache too: minutes of compiling."}
+    )
+    only_compiled: bool = field(
+        default=False, metadata={"help": "Compiled decoding at the smaller width, and nothing else."}
     )
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
@@ -57,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.results is None:
         grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
         grids = with_compiled(grids) if arguments.compiled else grids
+        grids = compiled_alone(grids) if arguments.only_compiled else grids
         results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
         write_json(arguments.output, results)
         print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")

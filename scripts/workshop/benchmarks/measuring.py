@@ -111,9 +111,19 @@ def with_compiled(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
     """The same with compiled decoding too: minutes for each model and batch."""
 
     def settings(grid: Grid) -> list[DecodeSetting]:
-        return [DecodeSetting(batch, floored_of(grid.family), compiled=True) for batch in (1, 8)]
+        floored = floored_of(grid.family)
+        models = (*floored, "small cache {1/8,1/4,1/2}")
+        kinds = ((1, False), (8, False), (8, True))
+        return [DecodeSetting(batch, models, floored, ragged, compiled=True) for batch, ragged in kinds]
 
     return tuple(replace(grid, decode=(*grid.decode, *settings(grid))) for grid in grids)
+
+
+def compiled_alone(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """Compiled decoding of the first grid, and nothing else."""
+    grid = with_compiled(grids)[0]
+    decode = tuple(setting for setting in grid.decode if setting.compiled)
+    return (replace(grid, prefill_lengths=(), training_lengths=(), decode=decode),)
 
 
 @dataclass
@@ -174,6 +184,8 @@ def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
     dtype = getattr(torch, grid.dtype)
     models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}
     cells = make_cells(grid, models)
+    if any(setting.compiled for setting in grid.decode):  # what torch does once in a process is nobody's
+        torch.compile(torch.neg)(torch.ones(3, device=device))
     for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
         cell.run(device)
         cell.samples.clear()
@@ -185,7 +197,9 @@ def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
     longest = max(grid.training_lengths, default=0)
     steps = [cell for cell in cells if cell.key["workload"] == "training" and cell.key["length"] == longest]
     peaks = {cell.key["model"]: training_peak_bytes(cell.work) for cell in tqdm(steps, desc="peak memory")}
-    samples = [{**cell.key, "seconds": cell.samples} for cell in cells]
+    samples = [
+        {**cell.key, "seconds": cell.samples, "compiling": getattr(cell.work, "compiling", None)} for cell in cells
+    ]
     return {"grid": asdict(grid), "counts": counts, "training_peak_bytes": peaks, "samples": samples}
 
 

@@ -56,6 +56,15 @@ class GridResults:
                 return sample["seconds"]
         raise KeyError(wanted)
 
+    def compiling(self, model: str, **key) -> dict[str, float]:
+        """Seconds to the first token and to the last of the round that compiled, and graphs, of compiled decoding."""
+        (found,) = (
+            sample["compiling"]
+            for sample in self.samples
+            if all(sample.get(name) == value for name, value in {"workload": "decode", "model": model, **key}.items())
+        )
+        return found
+
     def has(self, workload: str, model: str, **key) -> bool:
         """Whether that cell was measured."""
         try:
@@ -134,6 +143,23 @@ def decode_table(results: GridResults, **key) -> str:
     return markdown_table(header, rows)
 
 
+def compile_table(results: GridResults, **key) -> str:
+    """What compiling costs: time to the first token, graphs, and tokens until it has paid where eager was timed."""
+    header = ["model", "graphs", "s to the first token", f"over {results.plain}'s", "tokens until it pays"]
+    rows, plain = [], results.compiling(results.plain, **key)
+    for model in results.models("decode", **key):
+        found, pays = results.compiling(model, **key), "-"
+        if results.has("decode", model, **{**key, "compiled": False}):
+            eager, compiled = (
+                statistics.median(results.round_means("decode", model, **{**key, "compiled": kind}))
+                for kind in (False, True)
+            )
+            pays = f"{found['all'] / (eager - compiled):.0f}" if eager > compiled else "never"
+        ratio = f"{found['first'] / plain['first']:.2f}"
+        rows.append([model, str(int(found["graphs"])), f"{found['first']:.1f}", ratio, pays])
+    return markdown_table(header, rows)
+
+
 def floor_table(results: GridResults) -> str:
     """Decoding beside its bare matrix products, and ragged batches beside uniform ones."""
     header = ["model", "width", "batch", "ragged", "share of the bare products' speed", "time over the uniform batch"]
@@ -205,6 +231,8 @@ def report(results: dict) -> str:
             kind = ", ".join(name for name in ("ragged", "compiled") if setting[name])
             title = f"Decode, batch {setting['batch']}{', ' + kind if kind else ''}, {grid.grid['context']} tokens"
             parts += [title + " in the cache:", decode_table(grid, **key)]
+            if setting["compiled"]:
+                parts += ["Compiling them:", compile_table(grid, **key)]
         parts += ["Decode beside the bare matrix products:", floor_table(grid), "Counted:", memory_table(grid)]
     return "\n\n".join(parts)
 
@@ -220,7 +248,8 @@ def draw(results: dict, path: str) -> None:
                 (f"{workload}, {length} tokens", {m: grid.time_over_flops(workload, m, length) for m in models})
             )
     for batch in sorted({setting["batch"] for setting in grid.grid["decode"]}):
-        key = {"batch": batch, "ragged": False, "compiled": False}
+        compiled = all(setting["compiled"] for setting in grid.grid["decode"])
+        key = {"batch": batch, "ragged": False, "compiled": compiled}
         if models := [name for name in grid.models("decode", **key) if name != grid.plain]:
             bars.append((f"decode, batch {batch}", {m: grid.decode_quotient(m, **key) for m in models}))
     figure, [panels] = new_figure(3.2 * len(bars), 4.2, len(bars), sharey=True)
