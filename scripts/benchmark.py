@@ -10,12 +10,13 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import HfArgumentParser
 
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import compiled_alone, full_grids, measure, small_grids, with_compiled
+from workshop.benchmarks.measuring import compiled_alone, full_grids, measure, small_grids, with_compiled, with_counts
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
 from workshop.settings import check_counts, check_left_out
@@ -62,11 +63,12 @@ def main(argv: list[str] | None = None) -> None:
         grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
         grids = with_compiled(grids) if arguments.compiled else grids
         grids = compiled_alone(grids) if arguments.only_compiled else grids
-        results = measure(grids, torch.device(arguments.device), arguments.repeats, arguments.threads)
+        how = (torch.device(arguments.device), arguments.repeats, arguments.threads)
+        results = with_counts(measure(grids, *how, save=partial(write_json, arguments.output)))
         write_json(arguments.output, results)
         print(f"samples: {arguments.output} ({results['minutes']:.1f} minutes)")
-    # As the file holds them: JSON makes text of numbers that are keys.
-    results = json.loads(read_text("results", arguments.results or arguments.output))
+    else:
+        results = with_counts(json.loads(read_text("results", arguments.results)))
     print(report(results))
     draw(results, arguments.plot)
     print(f"\npicture: {arguments.plot}")

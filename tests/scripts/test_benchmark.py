@@ -1,8 +1,10 @@
 """The benchmark: what it counts is what runs, and every table and picture comes out of a small run."""
 
+import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from documents import ROOT
@@ -19,9 +21,10 @@ from workshop.benchmarks.measuring import (
     measure,
     small_grids,
     with_compiled,
+    with_counts,
 )
 from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
-from workshop.benchmarks.results import GridResults, Ratio, report
+from workshop.benchmarks.results import GridResults, Ratio, compile_table, report
 from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
 from workshop.costs import DECODE_STEPS, call_lengths, count_flops, decode_calls, layer_equivalents
 
@@ -53,7 +56,7 @@ def results(request) -> dict:
     )
     threads = torch.get_num_threads()
     try:
-        return json.loads(json.dumps(measure((grid,), torch.device("cpu"), repeats=1, threads=1)))
+        return with_counts(measure((grid,), CPU, repeats=1, threads=1))
     finally:
         torch.set_num_threads(threads)
 
@@ -193,6 +196,43 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
         assert len(decode()) == DECODE_STEPS
         tokens.append(torch.stack(chosen, dim=1))
     assert tokens[0].shape == (1, DECODE_STEPS) and torch.equal(*tokens)
+
+
+def test_a_run_that_is_cut_short_leaves_its_rounds(tmp_path, monkeypatch, capsys):
+    grid = Grid("llama", SIZE, "float32", (32,), (32,), 48, (DecodeSetting(1, floored_of("llama")),))
+    kept = tmp_path / "results.json"
+
+    def save(results):
+        benchmark.write_json(kept, results)
+        if len(results["grids"][0]["samples"][0]["seconds"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    with pytest.raises(KeyboardInterrupt):
+        measure((grid,), CPU, repeats=3, save=save)
+    found = json.loads(kept.read_text())
+    assert {len(sample["seconds"]) for sample in found["grids"][0]["samples"]} == {2}
+    benchmark.main(["--results", str(kept), "--plot", str(tmp_path / "picture.png")])
+    printed = capsys.readouterr().out
+    assert "Prefill" in printed and "Decode, batch 1" in printed and json.loads(kept.read_text()) == found
+
+
+def test_what_compiling_costs(results):
+    found = copy.deepcopy(results["grids"][0])
+    names = floored_of(found["grid"]["family"])
+    found["grid"]["decode"].append({**found["grid"]["decode"][0], "compiled": True, "models": names, "floored": []})
+    of_one = [sample for sample in found["samples"] if sample["workload"] == "decode" and sample["batch"] == 1]
+    eager = {sample["model"]: sample["seconds"] for sample in of_one}
+    for number, name in enumerate(names, start=1):
+        faster = [[step / 2 for step in turn] for turn in eager[name]]
+        compiling = {"first": 2.0 * number, "all": 3.0 * number, "graphs": number}
+        cell = {"workload": "decode", "model": name, "batch": 1, "ragged": False, "compiled": True}
+        found["samples"].append({**cell, "seconds": faster, "compiling": compiling})
+    _, _, *rows = compile_table(GridResults(found), batch=1, ragged=False, compiled=True).splitlines()
+    for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+        saved = np.mean(eager[name]) / 2
+        times = [f"{2 * number:.1f}", f"{number:.2f}", f"{3 * number:.1f}", f"{number:.2f}"]
+        assert row.strip("| ").split(" | ") == [name, str(number), *times, f"{3 * number / saved:.0f}"]
 
 
 @pytest.mark.parametrize("grids", [small_grids, full_grids])

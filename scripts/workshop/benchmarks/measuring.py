@@ -4,8 +4,10 @@ Every sample is one round through all models, so that a slow moment of the machi
 within a run mean anything.
 """
 
+import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -55,6 +57,22 @@ class Grid:
         if not self.prefill_lengths and not self.training_lengths:
             return []
         return [name for name, model in models_of(self.family).items() if not model.zero_offsets]
+
+    @property
+    def contenders(self) -> dict[str, BenchmarkModel]:
+        """All models of which anything is measured, by name."""
+        used = {*self.timed, *(name for setting in self.decode for name in setting.models)}
+        return {name: model for name, model in models_of(self.family).items() if name in used}
+
+
+def read_grid(fields: dict) -> Grid:
+    """A grid, from the fields that JSON holds of it."""
+    decode = [
+        DecodeSetting(**{name: tuple(v) if isinstance(v, list) else v for name, v in one.items()})
+        for one in fields["decode"]
+    ]
+    lengths = {name: tuple(fields[name]) for name in ("prefill_lengths", "training_lengths")}
+    return Grid(**{**fields, **lengths, "size": ModelSize(**fields["size"]), "decode": tuple(decode)})
 
 
 def small_grids(family: str) -> tuple[Grid, ...]:
@@ -139,6 +157,10 @@ class Cell:
         timed_inside = isinstance(self.work, (Decode, Floor))
         self.samples.append(self.work() if timed_inside else seconds(self.work, device))
 
+    def sampled(self) -> dict:
+        """What it is and what it took so far, as the results hold it."""
+        return {**self.key, "seconds": list(self.samples), "compiling": getattr(self.work, "compiling", None)}
+
 
 def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
     """Everything that the grid measures, models side by side within each measurement."""
@@ -176,38 +198,61 @@ def count(grid: Grid, model: BenchmarkModel) -> dict:
     return counts | {"flops": {length: count_flops(meta, length) for length in lengths}}
 
 
-def measure_grid(grid: Grid, device: torch.device, repeats: int) -> dict:
-    """All samples and counts of one size of models."""
-    used = {*grid.timed, *(name for setting in grid.decode for name in setting.models)}
-    contenders = {name: model for name, model in models_of(grid.family).items() if name in used}
-    counts = {name: count(grid, model) for name, model in tqdm(contenders.items(), desc="counting")}
+def measure_grid(grid: Grid, device: torch.device, repeats: int) -> Iterator[dict]:
+    """All samples of one size of models after each round, and with the peaks of memory in the end."""
     dtype = getattr(torch, grid.dtype)
-    models = {name: model.build(grid.size, device, dtype) for name, model in contenders.items()}
+    models = {name: model.build(grid.size, device, dtype) for name, model in grid.contenders.items()}
     cells = make_cells(grid, models)
     if any(setting.compiled for setting in grid.decode):  # what torch does once in a process is nobody's
         torch.compile(torch.neg)(torch.ones(3, device=device))
     for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
         cell.run(device)
         cell.samples.clear()
+    found = {"grid": asdict(grid), "training_peak_bytes": {}}
     with tqdm(total=repeats * len(cells), desc=f"timing, width {grid.size.width}") as progress:
         for _ in range(repeats):
             for cell in cells:
                 cell.run(device)
                 progress.update()
+            yield found | {"samples": [cell.sampled() for cell in cells]}
     longest = max(grid.training_lengths, default=0)
     steps = [cell for cell in cells if cell.key["workload"] == "training" and cell.key["length"] == longest]
     peaks = {cell.key["model"]: training_peak_bytes(cell.work) for cell in tqdm(steps, desc="peak memory")}
-    samples = [
-        {**cell.key, "seconds": cell.samples, "compiling": getattr(cell.work, "compiling", None)} for cell in cells
-    ]
-    return {"grid": asdict(grid), "counts": counts, "training_peak_bytes": peaks, "samples": samples}
+    yield found | {"training_peak_bytes": peaks, "samples": [cell.sampled() for cell in cells]}
 
 
-def measure(grids: tuple[Grid, ...], device: torch.device, repeats: int, threads: int | None = None) -> dict:
-    """Samples and counts of all grids, with the machine and its load before and after; one CPU thread a core."""
+def measure(
+    grids: tuple[Grid, ...],
+    device: torch.device,
+    repeats: int,
+    threads: int | None = None,
+    save: Callable[[dict], object] | None = None,
+) -> dict:
+    """
+    Samples of all grids, with the machine and its load before and after; one CPU thread a core.
+
+    Args:
+        save: called after each round with what there is: an accelerator may be lent for minutes.
+    """
     torch.set_num_threads(threads or os.cpu_count())
     torch.manual_seed(0)
-    started = time.time()
+    started, finished = time.time(), []
     results = {"machine": machine(device), "repeats": repeats}
-    results["grids"] = [measure_grid(grid, device, repeats) for grid in grids]
-    return results | {"load_at_end": load(), "minutes": (time.time() - started) / 60}
+    for grid in grids:
+        for found in measure_grid(grid, device, repeats):
+            results |= {"grids": [*finished, found], "load_at_end": load(), "minutes": (time.time() - started) / 60}
+            if save is not None:
+                save(results)
+        finished = results["grids"]
+    return results
+
+
+def with_counts(results: dict) -> dict:
+    """The results, as JSON holds them, with the counts of all models: they are made last, also of a run cut short."""
+    results = json.loads(json.dumps(results))
+    for found in results["grids"]:
+        if "counts" not in found:
+            grid = read_grid(found["grid"])
+            models = tqdm(grid.contenders.items(), desc=f"counting, width {grid.size.width}")
+            found["counts"] = json.loads(json.dumps({name: count(grid, model) for name, model in models}))
+    return results

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
-from workshop.costs import promised_bytes
+from workshop.costs import DECODE_STEPS, promised_bytes
 from workshop.plotting import new_figure, save
 from workshop.tables import markdown_table
 
@@ -144,8 +144,12 @@ def decode_table(results: GridResults, **key) -> str:
 
 
 def compile_table(results: GridResults, **key) -> str:
-    """What compiling costs: time to the first token, graphs, and tokens until it has paid where eager was timed."""
-    header = ["model", "graphs", "s to the first token", f"over {results.plain}'s", "tokens until it pays"]
+    """
+    What compiling costs: graphs, time to the first token and to the last of its round, since a level is compiled where
+    it first fills, and tokens until it has paid where eager was timed.
+    """
+    header = ["model", "graphs", "s to the first token", f"over {results.plain}'s"]
+    header += [f"s to the {DECODE_STEPS}th", f"over {results.plain}'s", "tokens until it pays"]
     rows, plain = [], results.compiling(results.plain, **key)
     for model in results.models("decode", **key):
         found, pays = results.compiling(model, **key), "-"
@@ -155,8 +159,10 @@ def compile_table(results: GridResults, **key) -> str:
                 for kind in (False, True)
             )
             pays = f"{found['all'] / (eager - compiled):.0f}" if eager > compiled else "never"
-        ratio = f"{found['first'] / plain['first']:.2f}"
-        rows.append([model, str(int(found["graphs"])), f"{found['first']:.1f}", ratio, pays])
+        taken = []
+        for kind in ("first", "all"):
+            taken += [f"{found[kind]:.1f}", f"{found[kind] / plain[kind]:.2f}"]
+        rows.append([model, str(int(found["graphs"])), *taken, pays])
     return markdown_table(header, rows)
 
 
