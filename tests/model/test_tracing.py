@@ -1,9 +1,10 @@
-"""Programs traced or exported from the forward, and what static caches refuse: right for every batch, or an error."""
+"""Programs traced, exported or compiled from the forward, and what static caches refuse: right, or an error."""
 
 import pytest
 import torch
 from support import pad_rows, random_ids, small_model
-from transformers import StaticCache
+from torch._dynamo.utils import counters
+from transformers import StaticCache, Trainer, TrainingArguments, default_data_collator
 
 OPTIONS = [
     {"chunk_sizes": [5, 3, 1]},
@@ -121,3 +122,41 @@ def test_a_static_cache_is_not_rewound_by_its_count():
     with pytest.raises(ValueError, match="must not be rewound by its `cumulative_length`"):
         for layer in cache.layers:
             layer.cumulative_length.fill_(0)
+
+
+# -- training that is compiled ----------------------------------------------------------------------------------------
+
+
+def trained_by_trainer(folder, **options) -> torch.nn.Module:
+    """A model after three steps of the library's Trainer on right-padded rows, another padding in each."""
+    model = small_model(dtype=torch.float32, chunk_sizes=[4, 2])
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (12, 7, 9, 11, 5, 12)], "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    rows = [
+        dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True))
+        for row in zip(ids, mask, labels, strict=True)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
+    trainer.train()
+    return model
+
+
+def test_trainer_compiles_padded_rows_into_one_graph(tmp_path):
+    plain = trained_by_trainer(tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = trained_by_trainer(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
