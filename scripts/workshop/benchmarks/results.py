@@ -149,7 +149,7 @@ def compile_table(results: GridResults, **key) -> str:
     it first fills, and tokens until it has paid where eager was timed.
     """
     header = ["model", "graphs", "s to the first token", f"over {results.plain}'s"]
-    header += [f"s to the {DECODE_STEPS}th", f"over {results.plain}'s", "tokens until it pays"]
+    header += [f"s to token {DECODE_STEPS}", f"over {results.plain}'s", "tokens until it pays"]
     rows, plain = [], results.compiling(results.plain, **key)
     for model in results.models("decode", **key):
         found, pays = results.compiling(model, **key), "-"
