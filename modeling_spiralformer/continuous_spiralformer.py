@@ -42,7 +42,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .cache_name_spiralformer import EAGER_READS_PAGES
 from .chunking_spiralformer import ChunkGrid
 from .configuration_spiralformer import SpiralFormerConfig, processes_of, refuse
-from .flex_spiralformer import FLEX
+from .flex_spiralformer import FLEX, uses_flex
 from .paging_spiralformer import PagedState, PagedStep, kept_counts, plan_step
 from .request_attention_spiralformer import BY_REQUEST, RequestAttention, register_by_request
 from .stopping_spiralformer import StoppingRouter
@@ -134,8 +134,7 @@ def prepare_batching(
         `NotImplementedError`: on a release of transformers before 5.23.
         `ValueError`: for a page that cuts a chunk, CUDA graphs and compilation, or several processes.
     """
-    # CODEPATH: no published configuration names its attention.
-    if config._attn_implementation == FLEX:
+    if uses_flex(config):
         refuse("attn_implementation", FLEX, "sdpa or eager in continuous batching, where a step has no mask")
     if not hasattr(library_cache, ALLOCATORS):
         raise NotImplementedError(

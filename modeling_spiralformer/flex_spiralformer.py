@@ -65,13 +65,18 @@ class UnfusedFlex:
 UNFUSED = UnfusedFlex()
 
 
+def uses_flex(config: SpiralFormerConfig) -> bool:
+    """Whether the layers of this configuration have flex attention."""
+    # CODEPATH: no published configuration names its attention.
+    return config._attn_implementation == FLEX
+
+
 def unfused_on_cpu(forward: Callable) -> Callable:
     """A model's `forward`, whose flex attention is not compiled where the model is on a CPU."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        # CODEPATH: no published configuration names its attention.
-        if self.layer_config._attn_implementation != FLEX or is_torchdynamo_compiling() or self.device.type != "cpu":
+        if not uses_flex(self.layer_config) or is_torchdynamo_compiling() or self.device.type != "cpu":
             return forward(self, *args, **kwargs)
         with UNFUSED:
             return forward(self, *args, **kwargs)
@@ -91,8 +96,7 @@ def check_flex(model: Any, inputs_embeds: torch.Tensor, cache: Any, options: dic
     Raises:
         `ValueError`: naming the argument or field, what came, and what is allowed.
     """
-    # CODEPATH: no published configuration names its attention.
-    if model.layer_config._attn_implementation != FLEX:
+    if not uses_flex(model.layer_config):
         return
     config: SpiralFormerConfig = model.config
     device, dtype = inputs_embeds.device.type, inputs_embeds.dtype
@@ -100,6 +104,7 @@ def check_flex(model: Any, inputs_embeds: torch.Tensor, cache: Any, options: dic
         refuse("attn_implementation", FLEX, NOT_COMPILED)
     if device not in ("cpu", "cuda"):
         refuse("attn_implementation", FLEX, f"sdpa or eager on {device}, where nobody has run another")
+    # CODEPATH: smollm-53k and smollm-206k drop attention in training, no other does.
     if config.attention_dropout and model.emb_dropout.training:  # the mode of modules that a view shares
         refuse("attention_dropout", config.attention_dropout, f"0 in training with {FLEX}, which drops nothing")
     if options.get("output_attentions", config.output_attentions):
@@ -113,6 +118,7 @@ def check_flex(model: Any, inputs_embeds: torch.Tensor, cache: Any, options: dic
         refuse("attn_implementation", FLEX, "sdpa or eager for gradients on a CPU, or the call under torch.no_grad()")
     if device == "cuda" and dtype not in KERNEL_DTYPES:
         refuse("dtype", dtype, f"one of {KERNEL_DTYPES} with {FLEX}")
+    # CODEPATH: no published configuration has smaller heads.
     if device == "cuda" and config.resolved_head_dim < SMALLEST_HEAD:
         refuse("head_dim", config.resolved_head_dim, f"at least {SMALLEST_HEAD} with {FLEX} on {device}")
     heads, shared = config.num_attention_heads, config.resolved_num_key_value_heads
@@ -121,4 +127,4 @@ def check_flex(model: Any, inputs_embeds: torch.Tensor, cache: Any, options: dic
         refuse("num_key_value_heads", shared, allowed)
 
 
-__all__ = ["FLEX", "check_flex", "unfused_on_cpu"]
+__all__ = ["FLEX", "check_flex", "unfused_on_cpu", "uses_flex"]
