@@ -215,8 +215,11 @@ def test_a_decode_step_compiles_once_for_every_fill_pattern(sizes, patterns, fam
     assert len(graphs) == after_one_period <= patterns + 1
 
 
-@pytest.mark.parametrize("lengths", [(23, 23), (23, 6), (20, 2)], ids=str)
-@pytest.mark.parametrize(("sizes", "fullgraph"), [([3], True), ([3], False), ([4, 2, 1], True), ([], True)], ids=str)
+IN_CHUNKS = [([3], True, lengths) for lengths in ((23, 23), (23, 6), (20, 2))]
+IN_CHUNKS += [([3], False, (20, 2)), ([4, 2, 1], True, (23, 6)), ([], True, (20, 2))]
+
+
+@pytest.mark.parametrize(("sizes", "fullgraph", "lengths"), IN_CHUNKS, ids=str)
 def test_a_compiled_prefill_in_chunks(sizes, fullgraph, lengths):
     """Chunks of 7 end at other places of the chunks of each level every time, and the last one is shorter."""
     model = small_model(chunk_sizes=sizes, **{**FEW_LAYERS, "num_core_layers": int(bool(sizes))})
