@@ -64,11 +64,12 @@ class Precision:
         parameters, codes = records.tensor_split([groups * PARAMETER_BYTES], dim=-1)
         # Bytes may be read as another dtype only where their address allows it: a copy's does.
         parameters = parameters.clone(memory_format=torch.contiguous_format).view(PARAMETER_DTYPE)
-        lowest, step = parameters.to(dtype).unflatten(-1, (groups, 2)).split(1, dim=-1)
+        wide = torch.promote_types(dtype, PARAMETER_DTYPE)  # float16 by itself would round small steps once more
+        lowest, step = parameters.to(wide).unflatten(-1, (groups, 2)).split(1, dim=-1)
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        codes = codes.unflatten(-1, (groups, self.group_size)).to(dtype)
-        return torch.addcmul(lowest, codes, step).flatten(-2)
+        codes = codes.unflatten(-1, (groups, self.group_size)).to(wide)
+        return torch.addcmul(lowest, codes, step).flatten(-2).to(dtype)
 
 
 def entry_sizes(config: SpiralFormerConfig) -> list[int]:
