@@ -756,8 +756,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         """As the library does; but steps of one token over a static cache are compiled in parts (`CompiledStep`)."""
         whole = super().get_compiled_call(compile_config)
         if self.compiled_step is None or self.compiled_step.whole is not whole:
-            config = compile_config or getattr(self, "_last_compile_config", None) or self._default_compile_config()
-            self.compiled_step = CompiledStep(self, whole, config.to_dict())
+            self.compiled_step = CompiledStep(self, whole, self._last_compile_config.to_dict())
         return self.compiled_step
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):

@@ -51,6 +51,8 @@ class BenchmarkArguments:
         check_file("plot", self.plot, PICTURES)
         if self.results is None:
             check_file("output", self.output)
+            if self.compiled and self.only_compiled:
+                raise ValueError("`compiled` must be left out with `only_compiled`, but got True: it adds nothing.")
             if self.full and self.device == "cpu":
                 raise ValueError("`device` must be an accelerator with `full`, but got 'cpu': that would take days.")
             return

@@ -257,6 +257,11 @@ def test_what_nothing_is_measured_with_is_refused_beside_results(options, tmp_pa
         BenchmarkArguments(results="samples.json", plot=plot, **options)
 
 
+def test_compiled_decoding_is_asked_for_in_one_way():
+    with pytest.raises(ValueError, match="`compiled` must be left out with `only_compiled`, but got True"):
+        BenchmarkArguments(compiled=True, only_compiled=True)
+
+
 def test_the_full_grid_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--full"])
     with pytest.raises(ValueError, match="device"):

@@ -48,22 +48,21 @@ class GridResults:
         self.plain, self.deeper = plain_name(self.family), deeper_name(self.family)
         self.samples = results["samples"]
 
-    def find(self, workload: str, model: str, **key) -> list:
-        """The samples of one cell. Raises KeyError where it was not measured."""
+    def cell(self, workload: str, model: str, **key) -> dict:
+        """What is known of one cell. Raises KeyError where it was not measured."""
         wanted = {"workload": workload, "model": model, **key}
         for sample in self.samples:
             if all(sample.get(name) == value for name, value in wanted.items()):
-                return sample["seconds"]
+                return sample
         raise KeyError(wanted)
+
+    def find(self, workload: str, model: str, **key) -> list:
+        """The samples of one cell. Raises KeyError where it was not measured."""
+        return self.cell(workload, model, **key)["seconds"]
 
     def compiling(self, model: str, **key) -> dict[str, float]:
         """Seconds to the first token and to the last of the round that compiled, and graphs, of compiled decoding."""
-        (found,) = (
-            sample["compiling"]
-            for sample in self.samples
-            if all(sample.get(name) == value for name, value in {"workload": "decode", "model": model, **key}.items())
-        )
-        return found
+        return self.cell("decode", model, **key)["compiling"]
 
     def has(self, workload: str, model: str, **key) -> bool:
         """Whether that cell was measured."""
