@@ -153,7 +153,7 @@ def begin(begun: Begun, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Fill
 def end(ended: Ended) -> torch.Tensor:
     """The update `(B, 1, D)` of the token."""
     resolution, state, latents, filled = ended
-    state.store_step(latents, filled)
+    state.store(latents, filled)
     update = state.shift(resolution.scale_up(state.readable(1)), 1)
     state.trim(1)
     return update

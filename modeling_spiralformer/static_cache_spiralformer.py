@@ -250,19 +250,15 @@ class StaticState(ResolutionState):
     # -- a step whose parts are compiled, after `take_turn` -------------------------------------------------------
 
     def write_token(self, states: torch.Tensor) -> FilledChunks:
-        """One token into its ring; the latent that it fills where any row does."""
+        """One token into its ring; the latent that it fills, and in which rows: in none of them it may be, too."""
         self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
-        filled = self._filled_by_one_token()
+        pads, filled = self._pads(), self._filled_by_one_token()
+        phase = self.grid.phase(pads)
+        filled = replace(filled, new=self.column % self.grid.size == phase)
         if self.rows.padding is None:
             return filled
-        pads = self._pads()
-        last = self.grid.opened(self.column + 1, self.grid.phase(pads)) - 1
+        last = self.grid.opened(self.column + 1, phase) - 1
         return replace(filled, valid=torch.cat([self.grid.first_latent(pads), last], dim=1))
-
-    def store_step(self, latents: torch.Tensor, filled: FilledChunks) -> None:
-        """The latent `(B, 1, D)` into its ring, in the rows that fill it now."""
-        fills = self.column % self.grid.size == self.grid.phase(self._pads())
-        copy_columns(self.latent_ring, latents, filled.first % self.latent_ring.shape[1], fills)
 
     # -- cache operations ---------------------------------------------------------------------------------------
 
