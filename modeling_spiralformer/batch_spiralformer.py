@@ -75,6 +75,8 @@ class LeftPadding:
 class PackedTexts:
     """The texts of packed rows, which follow each other without padding.
 
+    A compiled call does not look at them: there it is the device that refuses.
+
     Args:
         position_ids (`torch.LongTensor` of shape `(B or 1, S)`): the place of each token in its text.
 
@@ -84,15 +86,18 @@ class PackedTexts:
 
     def __init__(self, position_ids: torch.Tensor):
         self.position_ids = position_ids
-        self.on_host = position_ids.cpu()  # one read from the device for all resolutions
-        before = self.on_host.new_full((len(position_ids), 1), -1)
-        wrong = (self.on_host != 0) & (self.on_host.diff(dim=-1, prepend=before) != 1)
-        if wrong.any():
+        self.on_host: torch.Tensor | MaybeNone = None
+        if not is_torchdynamo_compiling():
+            self.on_host = position_ids.cpu()  # one read from the device for all resolutions
+        read = position_ids if self.on_host is None else self.on_host
+        wrong = (read != 0) & (read.diff(dim=-1, prepend=read.new_full((len(read), 1), -1)) != 1)
+        must = "`position_ids` of packed rows must count 0, 1, 2, ... in each document"
+        if self.on_host is None:
+            torch._assert_async(~wrong.any(), must)
+        elif wrong.any():
             row, column = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                "`position_ids` of packed rows must count 0, 1, 2, ... in each document, but row "
-                f"{row} has {self.on_host[row, max(0, column - 1) : column + 1].tolist()} up to column {column}."
-            )
+            up_to = self.on_host[row, max(0, column - 1) : column + 1].tolist()
+            raise ValueError(f"{must}, but row {row} has {up_to} up to column {column}.")
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,15 @@ class Past:
         rows: None where nobody remembers the rows: without a cache, or without a loop.
         settled: whether every row has had a token, so that its padding is final.
         room: the columns of a static cache, whose masks may have all of them; None of another.
-        is_given: whether the user gave the cache.
+        has_cache: whether the call reads or writes a cache.
+        is_given: whether the user gave it.
     """
 
     columns: Columns = 0
     rows: Rows | None = None
     settled: bool = False
     room: int | None = None
+    has_cache: bool = False
     is_given: bool = False
 
     @property
@@ -299,9 +306,10 @@ def _read_positions(
     turn prelude and coda, and leave the chunks where they are.
 
     Returns:
-        None where no row is packed. To look, a compiled call without a cache leaves the graph (an error with
-        `fullgraph=True`, where no positions can be given). With a cache, compiled calls and steps of one token do not
-        wait for the device: there it is the device that refuses.
+        None where no row is packed. A compiled call does not look, and the device refuses what is wrong: without
+        cache and mask all rows are packed, those of one text too; with a mask, or a cache that is given, none is.
+        Where it is to build a cache it leaves the graph to look, an error with `fullgraph=True`. Steps of one token
+        do not wait for the device either.
     """
     if position_ids is None:
         if boundaries:
@@ -313,13 +321,18 @@ def _read_positions(
     if shape not in allowed:
         raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
     position_ids = position_ids.to(counted.device)
+    uncached = is_torchdynamo_compiling() and not past.has_cache
+    if uncached and token_mask is None:
+        _check_boundaries(boundaries, position_ids.expand(batch, -1))
+        return PackedTexts(position_ids)
     wrong, restarts = position_ids != counted, position_ids.diff(dim=-1) <= 0
     if token_mask is not None:
         real = token_mask[:, past.columns + torch.arange(length, device=token_mask.device)].bool()
         wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
-    compiling = (is_torchdynamo_compiling() and past.is_given) or torch.jit.is_tracing()
+    compiling = uncached or (is_torchdynamo_compiling() and past.is_given) or torch.jit.is_tracing()
     if compiling or (length == 1 and counted.device.type != "cpu"):
-        torch._assert_async(~wrong.any(), "`position_ids` must go on from the cache")
+        must = "`position_ids` must count the tokens of each row, from 0 or from where the cache ends"
+        torch._assert_async(~wrong.any(), must)
         return None
     _check_boundaries(boundaries, position_ids.expand(batch, -1))
     is_wrong, is_packed = torch.stack([wrong.any(), restarts.any()]).tolist()
@@ -337,17 +350,23 @@ def _read_positions(
 
 def _check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.Tensor) -> None:
     """Refuses starts of texts, `(texts + 1,)` or `seq_idx` `(B, S)`, where `position_ids` `(B, S)` do not restart."""
+    count = position_ids.numel()
     for name, value in boundaries.items():
         value = value.to(position_ids.device)
         if name == "seq_idx":  # a text starts where the index changes within a row
-            starts = (nn.functional.pad(value.diff(dim=-1), (1, 0)).flatten() != 0).nonzero()[:, 0]
+            starts = torch.arange(count, device=value.device)
+            is_start = nn.functional.pad(value.diff(dim=-1), (1, 0)).flatten() != 0
         else:
             starts = value[:-1].long()
-        firsts = position_ids.flatten()[starts[starts < position_ids.numel()]]
-        if firsts.ne(0).any():
+            is_start = starts < count
+        firsts = position_ids.flatten()[starts.clamp(max=count - 1)]
+        wrong = (is_start & (firsts != 0)).any()
+        must = f"`{name}` must start a text only where `position_ids` are 0"
+        if is_torchdynamo_compiling():
+            torch._assert_async(~wrong, must)
+        elif wrong:
             raise ValueError(
-                f"`{name}` must start a text only where `position_ids` are 0, but got starts {starts.tolist()} with "
-                f"positions {firsts.tolist()}."
+                f"{must}, but got starts {starts[is_start].tolist()} with positions {firsts[is_start].tolist()}."
             )
 
 

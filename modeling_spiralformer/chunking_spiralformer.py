@@ -199,11 +199,11 @@ class ChunkGrid:
     # -- packed rows --------------------------------------------------------------------------------------------
 
     def packed_filling(self, texts: PackedTexts, device: torch.device) -> FilledChunks | None:
-        """What packed rows fill, from first to last token; None where no text fills anything.
+        """What packed rows fill of chunks that are read, from first to last token; None where no text reads anything.
 
-        A row that fills fewer chunks than another ends in latents of its other tokens, which nobody reads.
+        A row with fewer of them than there are latent columns ends in latents of its other tokens, which nobody reads.
         """
-        count = int(self._fills(texts.on_host).sum(dim=-1).max())
+        count = self._packed_count(texts)
         if count == 0:
             return None
         position_ids = texts.position_ids.to(device)
@@ -229,9 +229,24 @@ class ChunkGrid:
         columns = torch.arange(position_ids.shape[1], device=position_ids.device) - self.shift
         return places[:, columns.clamp(min=0)], position_ids >= self.shift
 
+    def _packed_count(self, texts: PackedTexts) -> int:
+        """How many latent columns packed rows get: those of the row that fills the most.
+
+        A compiled call looks at no position, and takes the most that any texts of a row's length fill. The shortest
+        text that reads k chunks has s + 1 tokens for k = 1 and s + 1 - w + (k - 1) g for more: texts that read two are
+        the densest where s + 1 - w < g, and elsewhere none has a chunk for less than g tokens.
+        """
+        if texts.on_host is None:
+            of_two = min(self.size + self.shift + 1 - self.offset, 2 * self.size)  # tokens
+            return 2 * texts.position_ids.shape[1] // of_two
+        return int(self._fills(texts.on_host).sum(dim=-1).max())
+
     def _fills(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """True where a token is the last member of its chunk."""
-        return self.rho(position_ids) == self.size - 1
+        """True where a token is the last member of its chunk, and a token of its text reads that chunk."""
+        columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+        first_read = (position_ids - self.size + 1).clamp(min=0) + self.shift  # by the token at this position
+        reading = (columns + first_read - position_ids).clamp(max=len(columns) - 1)
+        return (self.rho(position_ids) == self.size - 1) & (position_ids.gather(1, reading) == first_read)
 
     # -- what the next call will need ---------------------------------------------------------------------------
 

@@ -185,13 +185,19 @@ def texts(draw) -> list[list[int]]:
 
 
 def packed_chunks(grid: ChunkGrid, lengths: list[int]) -> list[tuple[int, int, list[int]]]:
-    """The full chunks of one packed row as they fill: start of the text, index, columns."""
+    """The full chunks of one packed row that its tokens read, as they fill: start of the text, index, columns."""
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     return [
         (start, chunk, members)
         for start, length in zip(starts, lengths, strict=True)
         for chunk, members in Row(grid, start).filled(0, start + length).items()
+        if chunk in read_in(grid, start, start + length)
     ]
+
+
+def read_in(grid: ChunkGrid, start: int, end: int) -> set[int]:
+    """The chunks that the tokens of a text read."""
+    return {read[0] for column in range(start, end) if (read := Row(grid, start).read(column)) is not None}
 
 
 @given(grid=grids(), lengths=texts())
@@ -208,6 +214,28 @@ def test_what_packed_rows_fill(grid, lengths):
             assert of_pair(filled.position_ids, row, k) == chunk
             absent = [None] * (grid.size - len(members))
             assert member_columns(filled, grid.size, row, k) == absent + members
+
+
+def most_latents(grid: ChunkGrid, length: int) -> int:
+    """The latent columns of a compiled call, which does not look at its rows of that length."""
+    texts = PackedTexts(torch.arange(length)[None])
+    texts.on_host = None
+    return grid._packed_count(texts)
+
+
+@given(grid=grids(), lengths=texts())
+def test_a_compiled_call_has_room_for_what_packed_rows_fill(grid, lengths):
+    assert grid._packed_count(texts_of(lengths)) <= most_latents(grid, sum(lengths[0]))
+
+
+@given(grid=grids(), count=st.integers(1, 9))
+def test_a_compiled_call_has_no_more_room_than_some_rows_fill(grid, count):
+    """Texts that read two chunks fill it; where they are longer than both, it is a chunk for every g tokens."""
+    pair = next(length for length in range(1, 99) if len(read_in(grid, 0, length)) == 2)
+    if pair < 2 * grid.size:
+        assert grid._packed_count(texts_of([[pair] * count])) == most_latents(grid, pair * count)
+    else:
+        assert most_latents(grid, count) == count // grid.size
 
 
 @given(grid=grids(), lengths=texts())

@@ -263,27 +263,6 @@ def test_boundaries_without_position_ids_are_refused(key):
         small_model()(batch["input_ids"], **{key: batch[key]})
 
 
-@pytest.mark.parametrize("collator", ["flattening", "flattening, all keys"])
-def test_a_compiled_forward_leaves_the_graph_for_packed_rows(collator):
-    model = small_model(
-        dtype=torch.float32,
-        chunk_sizes=[1],
-        num_prelude_layers=0,
-        num_core_layers=1,
-        num_coda_layers=0,
-        topology="residual",
-    )
-    texts = texts_of([7, 1, 6])
-    batch = COLLATORS[collator](texts)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model.forward, backend="eager")(**batch, use_cache=False)
-        assert abs(compiled.loss - loss_alone(model, texts)) < 1e-5
-        torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            torch.compile(model.forward, backend="eager", fullgraph=True)(**batch, use_cache=False)
-
-
 # -- these tests can fail -----------------------------------------------------------------------------------------
 
 
