@@ -176,16 +176,14 @@ class Past:
         rows: None where nobody remembers the rows: without a cache, or without a loop.
         settled: whether every row has had a token, so that its padding is final.
         room: the columns of a static cache, whose masks may have all of them; None of another.
-        has_cache: whether the call reads or writes a cache.
-        is_given: whether the user gave it.
+        is_given: whether the user gave the cache; None where the call has none.
     """
 
     columns: Columns = 0
     rows: Rows | None = None
     settled: bool = False
     room: int | None = None
-    has_cache: bool = False
-    is_given: bool = False
+    is_given: bool | None = None
 
     @property
     def padding(self) -> LeftPadding | None:
@@ -321,7 +319,7 @@ def _read_positions(
     if shape not in allowed:
         raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
     position_ids = position_ids.to(counted.device)
-    uncached = is_torchdynamo_compiling() and not past.has_cache
+    uncached = is_torchdynamo_compiling() and past.is_given is None
     if uncached and token_mask is None:
         _check_boundaries(boundaries, position_ids.expand(batch, -1))
         return PackedTexts(position_ids)

@@ -259,11 +259,11 @@ def read_past(cache: Cache | None, states: list[ResolutionState], is_given: bool
         return Past()
     room = cache.layers[-1].get_max_length() if cache.is_compileable else None
     if states:
-        return Past(states[0].past, states[0].rows, states[0].settled, room, has_cache=True, is_given=is_given)
+        return Past(states[0].past, states[0].rows, states[0].settled, room, is_given)
     columns = cache.get_seq_length()
     if isinstance(columns, torch.Tensor) and not is_torchdynamo_compiling():  # of a static cache without a loop
         columns = int(columns)
-    return Past(columns, room=room, has_cache=True, is_given=is_given)
+    return Past(columns, room=room, is_given=is_given)
 
 
 BUILT_FOR = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(config=model.config)"

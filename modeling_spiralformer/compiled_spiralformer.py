@@ -21,7 +21,9 @@ prelude, coda and of the levels in it. In parts each layer is compiled for one o
     link        between two cores: the update of one iteration, Topology, and the token into the next level
     leave       the update of the last iteration, Topology, f_post, norm and head
 
-In a step that fills no chunk of a level Python leaves out the core alone: what is stored then is what was there.
+A link has few and small kernels, and every one is another: on a CPU, where compiling one takes as long as a part of
+layers, it runs as it stands. In a step that fills no chunk of a level Python leaves out the core alone: what is stored
+then is what was there.
 
 Shape letters: B batch, D hidden size; a step has one token, and one latent of each level that fills.
 """
@@ -221,11 +223,16 @@ class CompiledStep:
                 latents = core_part(body, own, layers[entries.start : entries.stop], latents, filled)
             ended = (*iterations[t], latents, filled)
             if t + 1 < len(iterations):
-                link_part = self._part(link, t)
+                link_part = self._part(link, t) if self._compiles_links else link
                 hidden_states, carrier, latents, filled = link_part(
                     body.topology, hidden_states, carrier, ended, iterations[t + 1]
                 )
         return leave_part(self.model, hidden_states, carrier, ended, layers[len(layers) - len(body.coda) :], given)
+
+    @property
+    def _compiles_links(self) -> bool:
+        """Whether kernels are launched, one by one where nothing is compiled, or called."""
+        return self.model.device.type != "cpu"
 
     def _part(self, function: Callable, iteration: int | None = None) -> Callable:
         """A compiled part, with code of its own: torch counts graphs, and compares what they are for, by code."""

@@ -6,6 +6,7 @@ from support import pad_rows, random_ids, small_model
 from transformers import CompileConfig, StaticCache
 
 from modeling_spiralformer.batch_spiralformer import Rows
+from modeling_spiralformer.compiled_spiralformer import CompiledStep
 from modeling_spiralformer.static_cache_spiralformer import StaticState
 
 STATIC = {
@@ -129,9 +130,13 @@ def fill_patterns(model, pads: list[int], columns: range) -> int:
     return len({tuple(filled(column, g, w) for g, w in zip(sizes, offsets, strict=True)) for column in columns})
 
 
-def parts_of(model) -> int:
-    """How many graphs a decode step has: the beginning, one between any two iterations, the core, and the end."""
-    return 2 + model.config.num_iterations
+PARTS = 3  # of a decode step: its beginning, the core of all levels, and its end
+
+
+@pytest.fixture
+def compiled_links(monkeypatch):
+    """As where kernels are launched: between two iterations, too, a step is compiled."""
+    monkeypatch.setattr(CompiledStep, "_compiles_links", True)
 
 
 EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for dynamic in (None, False)]
@@ -140,17 +145,27 @@ EVERY_WAY = [(n, dynamic, "gpt_neox") for n in ((11, 11), (11, 6), (10, 6)) for 
 @pytest.mark.parametrize(("lengths", "dynamic", "family"), [*EVERY_WAY, ((10, 6), None, "llama")], ids=str)
 def test_compiled_steps_need_one_graph_for_every_part(lengths, dynamic, family):
     """Whatever fills together: one for the layers of the core at all levels, and none for a second prompt."""
+    check_graphs_of_steps(lengths, dynamic, family, 0)
+
+
+@pytest.mark.parametrize(("lengths", "dynamic"), [((11, 11), None), ((11, 6), False)], ids=str)
+def test_compiled_links_need_one_graph_each(lengths, dynamic, compiled_links):
+    check_graphs_of_steps(lengths, dynamic, "gpt_neox", 1)
+
+
+def check_graphs_of_steps(lengths: tuple[int, int], dynamic: bool | None, family: str, links: int):
+    """Holds compiled steps to the uncached forward, and to a graph for every part and for so many links."""
     model = small_model(chunk_sizes=[4, 2], layer_family=family, **FEW_LAYERS)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in lengths], "left", total=11)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
     tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=dynamic, times=2)
     assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6  # float32 inside generate
-    assert graphs == parts_of(model)
+    assert graphs == PARTS + links
 
 
 @pytest.mark.parametrize("options", [STATIC["coprime"], STATIC["llama"]], ids=["coprime", "llama"])
-def test_every_flag_of_compilation_gives_the_same_logits(options):
+def test_every_flag_of_compilation_gives_the_same_logits(options, compiled_links):
     """`dynamic=True` makes sizes symbols that are not: it may cost a graph or two, and none for a token."""
     model = small_model(**options)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (11, 6)], "left", total=11)
@@ -158,7 +173,7 @@ def test_every_flag_of_compilation_gives_the_same_logits(options):
     tokens, logits, graphs = compiled_generate(model, ids, mask, dynamic=True)
     assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
-    assert graphs <= 2 * parts_of(model)
+    assert graphs <= 2 * (PARTS + model.config.num_iterations - 1)
 
 
 def test_a_step_with_recorded_states_is_compiled_whole():
@@ -229,7 +244,7 @@ def test_a_compiled_prefill_in_chunks(sizes, fullgraph, lengths):
     assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
     *_, of_prefill = compiled_generate(model, ids, mask, fullgraph, prefill_chunk_size=7, max_new_tokens=1)
-    assert of_prefill <= 3 and graphs - of_prefill == (parts_of(model) if sizes else 1)
+    assert of_prefill <= 3 and graphs - of_prefill == (PARTS if sizes else 1)
 
 
 def test_a_compiled_prefill_keeps_its_padding_where_no_graph_writes(monkeypatch):
