@@ -48,7 +48,7 @@ from .elastic_spiralformer import check_shared
 from .static_cache_spiralformer import StaticState, check_room
 
 Begun = tuple[Any, StaticState]  # an iteration
-Ended = tuple[Any, StaticState, torch.Tensor, FilledChunks]  # and its latents
+Ended = tuple[Any, StaticState, torch.Tensor | None, FilledChunks | None]  # and its latents, if there are any
 
 
 class EntryCache:
@@ -128,10 +128,17 @@ def core(
 
 
 def link(
-    topology: nn.Module, hidden_states: torch.Tensor, carrier: Any, ended: Ended, begun: Begun
-) -> tuple[torch.Tensor, Any, torch.Tensor, FilledChunks]:
-    """h_(t+1), the carrier, and the latent of the iteration that begins, from h_t and the one that ends."""
+    topology: nn.Module, hidden_states: torch.Tensor, carrier: Any, ended: Ended, begun: Begun, fills: bool
+) -> tuple[torch.Tensor, Any, torch.Tensor | None, FilledChunks | None]:
+    """h_(t+1), the carrier, and the latent of the iteration that begins, from h_t and the one that ends.
+
+    Args:
+        fills: whether the token fills one; True in a graph, which computes it in every step.
+    """
     hidden_states, carrier = topology(end(ended), hidden_states, carrier)
+    if not fills:
+        begun[1].write_token(hidden_states)
+        return hidden_states, carrier, None, None
     return hidden_states, carrier, *begin(begun, hidden_states)
 
 
@@ -148,14 +155,16 @@ def leave(
 def begin(begun: Begun, hidden_states: torch.Tensor) -> tuple[torch.Tensor, FilledChunks]:
     """The latent that the token fills, if it fills any, and which one it is."""
     resolution, state = begun
-    filled = state.write_token(hidden_states)
+    state.write_token(hidden_states)
+    filled = state.filled_by_token()
     return resolution.scale_down(state.members(filled), filled.present), filled
 
 
 def end(ended: Ended) -> torch.Tensor:
     """The update `(B, 1, D)` of the token."""
     resolution, state, latents, filled = ended
-    state.store(latents, filled)
+    if latents is not None and filled is not None:
+        state.store(latents, filled)
     update = state.shift(resolution.scale_up(state.readable(1)), 1)
     state.trim(1)
     return update
@@ -222,11 +231,14 @@ class CompiledStep:
                 own = [body.core[index] for index in body.core_layers[t]]
                 latents = core_part(body, own, layers[entries.start : entries.stop], latents, filled)
             ended = (*iterations[t], latents, filled)
-            if t + 1 < len(iterations):
-                link_part = self._part(link, t) if self._compiles_links else link
-                hidden_states, carrier, latents, filled = link_part(
-                    body.topology, hidden_states, carrier, ended, iterations[t + 1]
-                )
+            if t + 1 == len(iterations):
+                break
+            # The last link is followed by a graph.
+            fills = self._compiles_links or runs[t + 1] or t + 2 == len(iterations)
+            link_part = self._part(link, t) if self._compiles_links else link
+            hidden_states, carrier, latents, filled = link_part(
+                body.topology, hidden_states, carrier, ended, iterations[t + 1], fills
+            )
         return leave_part(self.model, hidden_states, carrier, ended, layers[len(layers) - len(body.coda) :], given)
 
     @property

@@ -152,12 +152,19 @@ class StaticState(ResolutionState):
         length, size = states.shape[1], self.grid.size
         fills = self.take_turn(length)
         if length == 1:
-            self.token_ring.index_copy_(1, (self.column % size)[None], states)
+            self.write_token(states)
             return self._filled_by_one_token() if fills else None
         past = self.column + torch.arange(size, device=states.device)
         self.tokens = torch.cat([self.token_ring[:, past % size], states], dim=1)
         self.token_ring.index_copy_(1, (past + length) % size, self.tokens[:, -size:])
         return self._filled_by(length)
+
+    def _known_column(self) -> int | None:
+        """The column of the newest token after `take_turn`, where Python knows it and rows agree: nothing is computed
+        on the device then to know a place."""
+        if is_torchdynamo_compiling() or self.rows.padding is not None or self.seen is None:
+            return None  # a graph that looked at `seen` would be of one column
+        return self.seen - 1
 
     def _pads(self) -> torch.Tensor:
         """Left padding as a column vector `(B or 1, 1)`."""
@@ -227,12 +234,20 @@ class StaticState(ResolutionState):
     def readable(self, length: int) -> torch.Tensor:
         if self.tokens is not None:
             return self.latents
+        if (column := self._known_column()) is not None:
+            latent = self.grid.read_position(column, self.grid.phase(0)) // self.grid.size
+            return self.latent_ring[:, latent % self.latent_ring.shape[1], None].clone()  # a later step writes there
         place = self.grid.read_position(self.column, self.grid.phase(self._pads()))
         rows = torch.arange(self.num_rows, device=place.device)[:, None]
         return self.latent_ring[rows, place // self.grid.size % self.latent_ring.shape[1]]
 
     def shift(self, updates: torch.Tensor | MaybeNone, length: int) -> torch.Tensor:
-        pads, size = self._pads(), self.grid.size  # something is always `readable` here: there are updates
+        size = self.grid.size  # something is always `readable` here: there are updates
+        if self.tokens is None and (column := self._known_column()) is not None:
+            if column < self.grid.shift:
+                return torch.zeros_like(updates[:, :1])
+            return updates[:, self.grid.read_position(column, self.grid.phase(0)) % size, None]
+        pads = self._pads()
         if self.tokens is None:
             place = self.grid.read_position(self.column, self.grid.phase(pads))
             rows = torch.arange(self.num_rows, device=pads.device)[:, None]
@@ -249,9 +264,15 @@ class StaticState(ResolutionState):
 
     # -- a step whose parts are compiled, after `take_turn` -------------------------------------------------------
 
-    def write_token(self, states: torch.Tensor) -> FilledChunks:
-        """One token into its ring; the latent that it fills, and in which rows: in none of them it may be, too."""
-        self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
+    def write_token(self, states: torch.Tensor) -> None:
+        """One token `(B, 1, D)` into its ring."""
+        if (column := self._known_column()) is not None:
+            self.token_ring[:, column % self.grid.size] = states[:, 0]
+        else:
+            self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
+
+    def filled_by_token(self) -> FilledChunks:
+        """The latent that the newest token fills, and in which rows: in none of them it may be, too."""
         pads, filled = self._pads(), self._filled_by_one_token()
         phase = self.grid.phase(pads)
         filled = replace(filled, new=self.column % self.grid.size == phase)
