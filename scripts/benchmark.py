@@ -32,7 +32,7 @@ class BenchmarkArguments:
     )
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda where there is one."})
     compiled: bool = field(
-        default=False, metadata={"help": "Decoding compiled with a static cache too: minutes of compiling."}
+        default=False, metadata={"help": "Compiled decoding and training too: minutes of compiling."}
     )
     only_compiled: bool = field(
         default=False, metadata={"help": "Compiled decoding at the smaller width, and nothing else."}

@@ -16,6 +16,7 @@ from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.benchmarks.measuring import (
     DecodeSetting,
     Grid,
+    compiled_alone,
     floored_of,
     full_grids,
     measure,
@@ -24,8 +25,8 @@ from workshop.benchmarks.measuring import (
     with_counts,
 )
 from workshop.benchmarks.models import ModelSize, deeper_name, models_of, plain_name
-from workshop.benchmarks.results import GridResults, Ratio, compile_table, report
-from workshop.benchmarks.workloads import Decode, Floor, peak_bytes
+from workshop.benchmarks.results import GridResults, Ratio, compile_table, compiled_training_table, report
+from workshop.benchmarks.workloads import Decode, Floor, TrainingStep, peak_bytes
 from workshop.costs import DECODE_STEPS, call_lengths, count_flops, decode_calls, layer_equivalents
 
 SIZE = ModelSize(width=64, layers=3, vocabulary=128, longest=128)
@@ -198,6 +199,40 @@ def test_a_static_cache_is_decoded_by_a_compiled_forward(monkeypatch):
     assert tokens[0].shape == (1, DECODE_STEPS) and torch.equal(*tokens)
 
 
+def test_a_compiled_training_step_trains_as_the_eager_one(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    torch._dynamo.reset()
+    kept = [MODELS["looped {1,1}"].build(SIZE, CPU, torch.float64) for _ in range(2)]
+    steps = [TrainingStep(model, 1, 32, compiled=how) for model, how in zip(kept, (False, True), strict=True)]
+    assert steps[1].forward is not steps[1].model and steps[0].compiling is None
+    steps[1].ids = steps[0].ids
+    for step in steps:
+        step()
+        found = copy.deepcopy(step.compiling)
+        step()
+        assert step.compiling == found  # of the first step alone
+    assert steps[1].compiling["graphs"] == 1 and steps[1].compiling["first"] > 0
+    for one, other in zip(*(model.parameters() for model in kept), strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_what_compiling_a_training_step_costs(results):
+    found = copy.deepcopy(results["grids"][0])
+    names, length = floored_of(found["grid"]["family"]), 64
+    found["grid"]["compiled_training_lengths"] = [length]
+    eager = {sample["model"]: sample["seconds"] for sample in found["samples"] if sample.get("length") == length}
+    for number, name in enumerate(names, start=1):
+        cell = {"workload": "compiled training", "model": name, "length": length, "seconds": eager[name]}
+        found["samples"].append({**cell, "compiling": {"first": 2.0 * number, "graphs": number}})
+    grid = GridResults(found)
+    _, _, *rows = compiled_training_table(grid, length).splitlines()
+    for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+        assert row.strip("| ").split(" | ") == [name, str(number), f"{2 * number:.1f}", f"{number:.2f}"]
+        assert grid.flops(name, length, "compiled training causal") == grid.flops(name, length, "training causal")
+    assert "Compiled training, batch 1" in report({**results, "grids": [found]})
+
+
 def test_a_run_that_is_cut_short_leaves_its_rounds(tmp_path, monkeypatch, capsys):
     grid = Grid("llama", SIZE, "float32", (32,), (32,), 48, (DecodeSetting(1, floored_of("llama")),))
     kept = tmp_path / "results.json"
@@ -236,11 +271,16 @@ def test_what_compiling_costs(results):
 
 
 @pytest.mark.parametrize("grids", [small_grids, full_grids])
-def test_compiled_decoding_is_measured_where_it_is_asked_for(grids):
+def test_what_is_compiled_is_measured_where_it_is_asked_for(grids):
     for plain, longer in zip(grids("llama"), with_compiled(grids("llama")), strict=True):
         added = [setting for setting in longer.decode if setting not in plain.decode]
         assert [setting.batch for setting in added] == [1, 8, 8] and all(setting.compiled for setting in added)
-        assert not any(setting.compiled for setting in plain.decode)
+        assert not any(setting.compiled for setting in plain.decode) and not plain.compiled_training_lengths
+        assert longer.compiled_training_lengths == plain.training_lengths[:1]
+        assert {*floored_of("llama")} <= {*longer.contenders}
+    (alone,) = compiled_alone(grids("llama"))
+    assert not alone.timed and not alone.compiled_training_lengths
+    assert alone.decode and all(setting.compiled for setting in alone.decode)
 
 
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"threads": 0}])

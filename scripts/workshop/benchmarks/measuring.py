@@ -50,6 +50,7 @@ class Grid:
     training_lengths: tuple[int, ...]
     context: int
     decode: tuple[DecodeSetting, ...]
+    compiled_training_lengths: tuple[int, ...] = ()
 
     @property
     def timed(self) -> list[str]:
@@ -62,6 +63,7 @@ class Grid:
     def contenders(self) -> dict[str, BenchmarkModel]:
         """All models of which anything is measured, by name."""
         used = {*self.timed, *(name for setting in self.decode for name in setting.models)}
+        used |= {*floored_of(self.family)} if self.compiled_training_lengths else set()
         return {name: model for name, model in models_of(self.family).items() if name in used}
 
 
@@ -71,7 +73,7 @@ def read_grid(fields: dict) -> Grid:
         DecodeSetting(**{name: tuple(v) if isinstance(v, list) else v for name, v in one.items()})
         for one in fields["decode"]
     ]
-    lengths = {name: tuple(fields[name]) for name in ("prefill_lengths", "training_lengths")}
+    lengths = {name: tuple(value) for name, value in fields.items() if name.endswith("_lengths")}
     return Grid(**{**fields, **lengths, "size": ModelSize(**fields["size"]), "decode": tuple(decode)})
 
 
@@ -126,7 +128,7 @@ def full_grids(family: str) -> tuple[Grid, ...]:
 
 
 def with_compiled(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
-    """The same with compiled decoding too: minutes for each model and batch."""
+    """The same with compiled decoding too, and compiled training at the smallest length: minutes for each cell."""
 
     def settings(grid: Grid) -> list[DecodeSetting]:
         floored = floored_of(grid.family)
@@ -134,14 +136,17 @@ def with_compiled(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
         kinds = ((1, False), (8, False), (8, True))
         return [DecodeSetting(batch, models, floored, ragged, compiled=True) for batch, ragged in kinds]
 
-    return tuple(replace(grid, decode=(*grid.decode, *settings(grid))) for grid in grids)
+    return tuple(
+        replace(grid, decode=(*grid.decode, *settings(grid)), compiled_training_lengths=grid.training_lengths[:1])
+        for grid in grids
+    )
 
 
 def compiled_alone(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
     """Compiled decoding of the first grid, and nothing else."""
     grid = with_compiled(grids)[0]
     decode = tuple(setting for setting in grid.decode if setting.compiled)
-    return (replace(grid, prefill_lengths=(), training_lengths=(), decode=decode),)
+    return (replace(grid, prefill_lengths=(), training_lengths=(), compiled_training_lengths=(), decode=decode),)
 
 
 @dataclass
@@ -172,6 +177,14 @@ def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
             for length in lengths
             for name in grid.timed
         ]
+    cells += [
+        Cell(
+            {"workload": "compiled training", "model": name, "length": length},
+            TrainingStep(models[name], 1, length, compiled=True),
+        )
+        for length in grid.compiled_training_lengths
+        for name in floored_of(grid.family)
+    ]
     for setting in grid.decode:
         padding = [PADDING[row % len(PADDING)] for row in range(setting.batch)] if setting.ragged else None
         for name in setting.models:
@@ -187,7 +200,7 @@ def make_cells(grid: Grid, models: dict[str, PreTrainedModel]) -> list[Cell]:
 def count(grid: Grid, model: BenchmarkModel) -> dict:
     """What needs no clock, on the meta device: FLOPs, and bytes of weights and cache that decoding touches."""
     meta = model.build(grid.size, torch.device("meta"), getattr(torch, grid.dtype))
-    lengths = sorted({*grid.prefill_lengths, *grid.training_lengths})
+    lengths = sorted({*grid.prefill_lengths, *grid.training_lengths, *grid.compiled_training_lengths})
     # Attention is switched to eager by the count of FLOPs: it comes last.
     counts = {
         "layer_equivalents": layer_equivalents(meta.config),
@@ -203,7 +216,9 @@ def measure_grid(grid: Grid, device: torch.device, repeats: int) -> Iterator[dic
     dtype = getattr(torch, grid.dtype)
     models = {name: model.build(grid.size, device, dtype) for name, model in grid.contenders.items()}
     cells = make_cells(grid, models)
-    if any(setting.compiled for setting in grid.decode):  # what torch does once in a process is nobody's
+    if grid.compiled_training_lengths or any(
+        setting.compiled for setting in grid.decode
+    ):  # what torch does once in a process is nobody's
         torch.compile(torch.neg)(torch.ones(3, device=device))
     for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
         cell.run(device)

@@ -16,6 +16,7 @@ from workshop.plotting import new_figure, save
 from workshop.tables import markdown_table
 
 MEBIBYTE = 2**20
+WORKLOADS = ("prefill", "training", "compiled training")  # those of whole texts
 B, ANCHOR, L = "spiralformer-b", "spiralformer-b, anchor", "spiralformer-l"
 
 
@@ -48,6 +49,10 @@ class GridResults:
         self.plain, self.deeper = plain_name(self.family), deeper_name(self.family)
         self.samples = results["samples"]
 
+    def lengths(self, workload: str) -> list[int]:
+        """Those of the texts of a workload. Runs before compiled training was measured say nothing of it."""
+        return self.grid.get(f"{workload.replace(' ', '_')}_lengths", [])
+
     def cell(self, workload: str, model: str, **key) -> dict:
         """What is known of one cell. Raises KeyError where it was not measured."""
         wanted = {"workload": workload, "model": model, **key}
@@ -60,9 +65,9 @@ class GridResults:
         """The samples of one cell. Raises KeyError where it was not measured."""
         return self.cell(workload, model, **key)["seconds"]
 
-    def compiling(self, model: str, **key) -> dict[str, float]:
-        """Seconds to the first token and to the last of the round that compiled, and graphs, of compiled decoding."""
-        return self.cell("decode", model, **key)["compiling"]
+    def compiling(self, model: str, workload: str = "decode", **key) -> dict[str, float]:
+        """Seconds of the call that compiled, of decoding also of its round, and graphs."""
+        return self.cell(workload, model, **key)["compiling"]
 
     def has(self, workload: str, model: str, **key) -> bool:
         """Whether that cell was measured."""
@@ -80,8 +85,8 @@ class GridResults:
         return [statistics.fmean(steps) for steps in self.find(workload, model, **key)]
 
     def flops(self, model: str, length: int, kind: str) -> int:
-        """Counted FLOPs; JSON has made text of the lengths."""
-        return self.counts[model]["flops"][str(length)][kind]
+        """Counted FLOPs, compiled or not; JSON has made text of the lengths."""
+        return self.counts[model]["flops"][str(length)][kind.removeprefix("compiled ")]
 
     def time_over_flops(self, workload: str, model: str, length: int, causal: bool = False) -> Ratio:
         """Time ratio over FLOPs ratio, both against the plain stack of the same width and layers."""
@@ -165,6 +170,16 @@ def compile_table(results: GridResults, **key) -> str:
     return markdown_table(header, rows)
 
 
+def compiled_training_table(results: GridResults, length: int) -> str:
+    """What compiling a training step costs: graphs, and seconds to the end of the first step."""
+    header = ["model", "graphs", "s to the end of the first step", f"over {results.plain}'s"]
+    plain, rows = results.compiling(results.plain, "compiled training", length=length), []
+    for model in results.models("compiled training", length=length):
+        found = results.compiling(model, "compiled training", length=length)
+        rows.append([model, str(found["graphs"]), f"{found['first']:.1f}", f"{found['first'] / plain['first']:.2f}"])
+    return markdown_table(header, rows)
+
+
 def floor_table(results: GridResults) -> str:
     """Decoding beside its bare matrix products, and ragged batches beside uniform ones."""
     header = ["model", "width", "batch", "ragged", "share of the bare products' speed", "time over the uniform batch"]
@@ -223,12 +238,14 @@ def report(results: dict) -> str:
     ]
     for grid in map(GridResults, results["grids"]):
         parts.append(f"### Width {grid.width}, {grid.grid['dtype']}")
-        for workload in ("prefill", "training"):
-            if lengths := grid.grid[f"{workload}_lengths"]:
+        for workload in WORKLOADS:
+            if lengths := grid.lengths(workload):
                 parts += [
                     f"{workload.capitalize()}, batch 1, against `{grid.plain}`:",
                     length_table(grid, workload, lengths),
                 ]
+        for length in grid.lengths("compiled training"):
+            parts += ["Compiling them:", compiled_training_table(grid, length)]
         if grid.grid["training_lengths"]:
             parts.append(f"MeSH over anchor, training step: {mesh_over_anchor(grid)}.")
         for setting in grid.grid["decode"]:
@@ -246,8 +263,8 @@ def draw(results: dict, path: str) -> None:
     """Time over counted cost of every model and workload: 1 is what the counts promise, with quartiles."""
     grid = GridResults(results["grids"][0])
     bars = []
-    for workload in ("prefill", "training"):
-        for length in grid.grid[f"{workload}_lengths"][-1:]:
+    for workload in WORKLOADS:
+        for length in grid.lengths(workload)[-1:]:
             models = [name for name in grid.models(workload, length=length) if name != grid.plain]
             bars.append(
                 (f"{workload}, {length} tokens", {m: grid.time_over_flops(workload, m, length) for m in models})

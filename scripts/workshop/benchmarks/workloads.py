@@ -53,17 +53,40 @@ class Prefill:
 
 
 class TrainingStep:
-    """Forward with a loss on all tokens, backward, and AdamW."""
+    """
+    Forward with a loss on all tokens, backward, and AdamW.
+
+    Args:
+        compiled: the forward compiled, and with it the backward, as Trainer does with `torch_compile=True`. The first
+            step compiles; `compiling` then says how long it took and how many graphs it made.
+    """
+
+    compiling: dict[str, float] | None = None
 
     def __init__(
-        self, model: PreTrainedModel, batch: int, length: int, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        length: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        compiled: bool = False,
     ):
         self.model, self.ids = model, token_ids(model, batch, length)
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=True) if optimizer is None else optimizer
+        self.compiled, self.forward = compiled, torch.compile(model) if compiled else model
 
     def __call__(self) -> None:
+        if self.compiled and self.compiling is None:
+            graphs = count_graphs()
+            with fresh_cache():  # nothing of what earlier runs have compiled
+                self.compiling = {"first": seconds(self._step, self.model.device)}
+            self.compiling["graphs"] = count_graphs() - graphs
+        else:
+            self._step()
+
+    def _step(self) -> None:
         self.model.train()
-        self.model(self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.forward(self.ids, labels=self.ids, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.eval()
