@@ -30,6 +30,7 @@ from .cache_name_spiralformer import CACHE_ARGUMENT
 MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
 Columns = int | Any  # how many columns, or which one: a tensor where a compiled call does not look at it
 
+COUNTED = "`position_ids` must count the tokens of each row, from 0 or from where the cache ends"
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Of arguments that no user gave.
@@ -309,16 +310,13 @@ def _read_positions(
         Where it is to build a cache it leaves the graph to look, an error with `fullgraph=True`. Steps of one token
         do not wait for the device either.
     """
+    batch, length = inputs_embeds.shape[:2]
     if position_ids is None:
         if boundaries:
             name = next(iter(boundaries))
             raise ValueError(f"`position_ids` must say where texts start, but got `{name}` without them.")
         return None
-    batch, length = inputs_embeds.shape[:2]
-    shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
-    if shape not in allowed:
-        raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-    position_ids = position_ids.to(counted.device)
+    position_ids = _check_positions_shape(position_ids, batch, length).to(counted.device)
     uncached = is_torchdynamo_compiling() and past.is_given is None
     if uncached and token_mask is None:
         _check_boundaries(boundaries, position_ids.expand(batch, -1))
@@ -329,8 +327,7 @@ def _read_positions(
         wrong, restarts = wrong & real, restarts & real[:, :-1] & real[:, 1:]
     compiling = uncached or (is_torchdynamo_compiling() and past.is_given) or torch.jit.is_tracing()
     if compiling or (length == 1 and counted.device.type != "cpu"):
-        must = "`position_ids` must count the tokens of each row, from 0 or from where the cache ends"
-        torch._assert_async(~wrong.any(), must)
+        torch._assert_async(~wrong.any(), COUNTED)
         return None
     _check_boundaries(boundaries, position_ids.expand(batch, -1))
     is_wrong, is_packed = torch.stack([wrong.any(), restarts.any()]).tolist()
@@ -344,6 +341,14 @@ def _read_positions(
     if token_mask is not None:
         raise ValueError(f"{packed}, but `attention_mask` must be all ones then: give padding the position 0.")
     return PackedTexts(position_ids)
+
+
+def _check_positions_shape(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """The positions, `(B or 1, S)`."""
+    shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
+    if shape not in allowed:
+        raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
+    return position_ids
 
 
 def _check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.Tensor) -> None:
@@ -373,9 +378,8 @@ def _wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: t
     row, column = wrong.nonzero()[0].tolist()
     got, allowed = (ids[row if len(ids) > 1 else 0, column].item() for ids in (position_ids, counted))
     return (
-        f"`position_ids` must count the tokens of each row, from 0 or from where the cache ends, but got {got} "
-        f"in row {row} for a new token that is number {allowed}: chunks are cut by that count. Left out, they are "
-        "counted. " + READ_AGAIN
+        f"{COUNTED}, but got {got} in row {row} for a new token that is number {allowed}: chunks are cut by that "
+        "count. Left out, they are counted. " + READ_AGAIN
     )
 
 

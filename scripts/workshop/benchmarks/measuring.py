@@ -216,9 +216,8 @@ def measure_grid(grid: Grid, device: torch.device, repeats: int) -> Iterator[dic
     dtype = getattr(torch, grid.dtype)
     models = {name: model.build(grid.size, device, dtype) for name, model in grid.contenders.items()}
     cells = make_cells(grid, models)
-    if grid.compiled_training_lengths or any(
-        setting.compiled for setting in grid.decode
-    ):  # what torch does once in a process is nobody's
+    compiles = [setting.compiled for setting in grid.decode] + [bool(grid.compiled_training_lengths)]
+    if any(compiles):  # what torch does once in a process is nobody's
         torch.compile(torch.neg)(torch.ones(3, device=device))
     for cell in tqdm(cells, desc=f"warming up, width {grid.size.width}"):
         cell.run(device)
