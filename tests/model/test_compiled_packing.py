@@ -4,8 +4,9 @@ import pytest
 import torch
 from support import random_ids, small_model
 from test_packing import COLLATORS, labels_of, pack, texts_of
+from test_tracing import train
 from torch._dynamo.utils import counters
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening
 
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 
@@ -121,19 +122,7 @@ def trained(folder, **options) -> torch.nn.Module:
     """A model after four steps of Trainer on packed rows, of other lengths and counts of texts in each."""
     model = small_model()
     rows = [{"input_ids": text} for text in texts_of([7, 1, 12, 4, 9, 9, 3, 2, 14, 5, 6, 8])]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **options,
-    )
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()
+    train(model, rows, folder, 3, 4, DataCollatorWithFlattening(return_flash_attn_kwargs=True), **options)
     return model
 
 

@@ -127,19 +127,12 @@ def test_a_static_cache_is_not_rewound_by_its_count():
 # -- training that is compiled ----------------------------------------------------------------------------------------
 
 
-def trained_by_trainer(folder, **options) -> torch.nn.Module:
-    """A model after three steps of the library's Trainer on right-padded rows, another padding in each."""
-    model = small_model(dtype=torch.float32, chunk_sizes=[4, 2])
-    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (12, 7, 9, 11, 5, 12)], "right")
-    labels = ids.masked_fill(mask == 0, -100)
-    rows = [
-        dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True))
-        for row in zip(ids, mask, labels, strict=True)
-    ]
+def train(model, rows: list[dict], folder, rows_a_step: int, steps: int, data_collator, **options):
+    """So many steps of the library's Trainer."""
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
+        max_steps=steps,
+        per_device_train_batch_size=rows_a_step,
         learning_rate=1e-2,
         save_strategy="no",
         report_to="none",
@@ -147,8 +140,19 @@ def trained_by_trainer(folder, **options) -> torch.nn.Module:
         use_cpu=True,
         **options,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
-    trainer.train()
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=data_collator).train()
+
+
+def trained_by_trainer(folder, **options) -> torch.nn.Module:
+    """A model after three steps on right-padded rows, another padding in each."""
+    model = small_model(dtype=torch.float32, chunk_sizes=[4, 2])
+    ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (12, 7, 9, 11, 5, 12)], "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    rows = [
+        dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True))
+        for row in zip(ids, mask, labels, strict=True)
+    ]
+    train(model, rows, folder, 2, 3, default_data_collator, **options)
     return model
 
 
