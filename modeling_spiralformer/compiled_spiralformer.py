@@ -233,7 +233,7 @@ class CompiledStep:
             ended = (*iterations[t], latents, filled)
             if t + 1 == len(iterations):
                 break
-            # The last link is followed by a graph.
+            # Graphs always get latents: the links where they are compiled, and the end.
             fills = self._compiles_links or runs[t + 1] or t + 2 == len(iterations)
             link_part = self._part(link, t) if self._compiles_links else link
             hidden_states, carrier, latents, filled = link_part(
@@ -243,7 +243,7 @@ class CompiledStep:
 
     @property
     def _compiles_links(self) -> bool:
-        """Whether kernels are launched, one by one where nothing is compiled, or called."""
+        """Not on a CPU: there a small kernel costs a call, and to compile it seconds."""
         return self.model.device.type != "cpu"
 
     def _part(self, function: Callable, iteration: int | None = None) -> Callable:

@@ -159,6 +159,13 @@ class StaticState(ResolutionState):
         self.token_ring.index_copy_(1, (past + length) % size, self.tokens[:, -size:])
         return self._filled_by(length)
 
+    def write_token(self, states: torch.Tensor) -> None:
+        """One token `(B, 1, D)` into its ring."""
+        if (column := self._known_column()) is not None:
+            self.token_ring[:, column % self.grid.size] = states[:, 0]
+        else:
+            self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
+
     def _known_column(self) -> int | None:
         """The column of the newest token after `take_turn`, where Python knows it and rows agree: nothing is computed
         on the device then to know a place."""
@@ -263,13 +270,6 @@ class StaticState(ResolutionState):
         self.column.add_(length)
 
     # -- a step whose parts are compiled, after `take_turn` -------------------------------------------------------
-
-    def write_token(self, states: torch.Tensor) -> None:
-        """One token `(B, 1, D)` into its ring."""
-        if (column := self._known_column()) is not None:
-            self.token_ring[:, column % self.grid.size] = states[:, 0]
-        else:
-            self.token_ring.index_copy_(1, (self.column % self.grid.size)[None], states)
 
     def filled_by_token(self) -> FilledChunks:
         """The latent that the newest token fills, and in which rows: in none of them it may be, too."""

@@ -91,6 +91,17 @@ def test_masks_of_an_empty_schedule_are_checked_with_a_static_cache_too(mask):
             model(random_ids(2, 1), attention_mask=mask, past_key_values=cache)
 
 
+def test_what_a_hook_keeps_of_a_step_stays_what_it_was():
+    """The update of a token is no view of the ring that later steps write to."""
+    model, ids, kept = small_model(chunk_sizes=[1, 1]), random_ids(1, 12), []
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model.model.resolutions[0].register_forward_hook(lambda *call: kept.append((call[-1], call[-1].clone())))
+    with torch.no_grad():
+        for part in ids.split([6, 1, 1, 1, 1, 1, 1], dim=1):
+            model(part, past_key_values=cache)
+    assert len(kept) == 7 and all(torch.equal(update, then) for update, then in kept)
+
+
 # -- compiled calls ---------------------------------------------------------------------------------------------------
 
 

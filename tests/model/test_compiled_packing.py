@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import random_ids, small_model
 from test_packing import COLLATORS, labels_of, pack, texts_of
-from test_tracing import train
+from test_tracing import plain_and_compiled, train
 from torch._dynamo.utils import counters
 from transformers import DataCollatorWithFlattening
 
@@ -127,10 +127,7 @@ def trained(folder, **options) -> torch.nn.Module:
 
 
 def test_trainer_compiles_packed_rows_without_a_break(tmp_path):
-    plain = trained(tmp_path / "plain")
-    torch._dynamo.reset()
-    counters.clear()
-    other = trained(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    plain, other = plain_and_compiled(trained, tmp_path)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] <= 2  # of the first length, and of every other
     for one, two in zip(plain.parameters(), other.parameters(), strict=True):

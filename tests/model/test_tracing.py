@@ -156,11 +156,16 @@ def trained_by_trainer(folder, **options) -> torch.nn.Module:
     return model
 
 
-def test_trainer_compiles_padded_rows_into_one_graph(tmp_path):
-    plain = trained_by_trainer(tmp_path / "plain")
+def plain_and_compiled(trained, folder) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """What `trained` returns without and with compilation, and in `counters` what the second compiled."""
+    plain = trained(folder / "plain")
     torch._dynamo.reset()
     counters.clear()
-    compiled = trained_by_trainer(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    return plain, trained(folder / "compiled", torch_compile=True, torch_compile_backend="eager")
+
+
+def test_trainer_compiles_padded_rows_into_one_graph(tmp_path):
+    plain, compiled = plain_and_compiled(trained_by_trainer, tmp_path)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
