@@ -10,7 +10,7 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-min test-version test-latest \
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-library test-min test-version test-latest \
 	fuzz fuzz-long long-run damage kills table memory benchmark results results-run figures clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-real    tests on a real checkpoint, 98 MB from the package index, which docs/real_models.md is about"
 	@echo "make test-cuda    tests of model, generation and cache on an accelerator, with the python3 of its machine"
 	@echo "make test-vllm    tests of the plug-in for vLLM, in an environment of its own (2.5 GB)"
+	@echo "make test-library transformers' own tests of a model, on this one's families and topologies: two minutes"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
@@ -109,6 +110,24 @@ $(VLLM_VENV)/.installed: setup.py vllm_plugin/pyproject.toml vllm_plugin/constra
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_RUN) -m pytest vllm_plugin/tests
+
+# The tests of a model that are in transformers' source distribution, which lacks the files of two bases of theirs.
+LIBRARY = runs/library
+
+test-library: export OMP_NUM_THREADS = 1
+test-library: export RUN_TRAINING_TESTS = 1
+test-library: $(STAMP)
+	rm -rf $(LIBRARY)
+	$(RUN) -m pip download --quiet --no-deps --no-build-isolation --no-binary transformers --dest $(LIBRARY) \
+		$$(grep '^transformers==' constraints.txt)
+	$(RUN) -m pip install --quiet --target $(LIBRARY) parameterized==0.9.0
+	tar -xzf $(LIBRARY)/transformers-*.tar.gz -C $(LIBRARY) --strip-components 1
+	mkdir $(LIBRARY)/tests/exporters $(LIBRARY)/tests/generation
+	echo "class ExportTesterMixin: pass" > $(LIBRARY)/tests/exporters/test_export.py
+	echo "class GenerationTesterMixin: pass" > $(LIBRARY)/tests/generation/test_utils.py
+	cp tests/helpers/library_tests.py $(LIBRARY)/tests/test_spiralformer.py
+	touch $(LIBRARY)/tests/__init__.py
+	cd $(LIBRARY) && PYTHONPATH=.:$(CURDIR) $(abspath $(RUN)) -m pytest -n 2 -rf tests/test_spiralformer.py
 
 test-min:
 	$(MAKE) test-version TRANSFORMERS=$(OLDEST)

@@ -198,6 +198,7 @@ def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, row
     record["processes"] = training.world_size
     record["rows_per_step"] = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     record["training text"] = describe_rows(rows)
+    record["dtype"] = str(config.dtype).removeprefix("torch.")
     record["config"] = compared_fields(config)
     return json.loads(json.dumps(record, default=str))
 
@@ -233,8 +234,8 @@ def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
         record: of the run that goes on.
         same_split: whether the rows of a step must also be split alike over processes and passes.
     """
-    # None where a run is older than the setting.
-    before = {"schedules": None, "router_learning_rate_ratio": None, **saved_record(checkpoint)}
+    # What a run was that is older than the setting.
+    before = {"schedules": None, "router_learning_rate_ratio": None, "dtype": "float32", **saved_record(checkpoint)}
     ignored = {"config", *(() if same_split else SPLIT)}
     now = {name: value for name, value in record.items() if name not in ignored}
     if found := differences(now, before):

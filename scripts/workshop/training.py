@@ -39,7 +39,7 @@ from workshop.resuming import (
     read_state,
     resume_checks,
 )
-from workshop.training_arguments import DataArguments, ModelArguments, SpiralTrainingArguments
+from workshop.training_arguments import WEIGHT_DTYPES, DataArguments, ModelArguments, SpiralTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def build_model(
     field = "model_name_or_path" if arguments.model_name_or_path else "config_name"
     config = load_config(arguments.model_name_or_path or arguments.config_name, overrides, field)
     check_schedules(training.schedules, config)
-    tokenizer = load_tokenizer(arguments.tokenizer_name, config)
+    tokenizer, dtype = load_tokenizer(arguments.tokenizer_name, config), WEIGHT_DTYPES[arguments.dtype]
     # Trainer loads the weights of a run to resume once more, but it would only warn of missing ones. Where FSDP has
     # saved them in shards, Trainer alone loads them, and stops at a missing one.
     resumed = training.resume_from_checkpoint
@@ -75,8 +75,8 @@ def build_model(
         resume_checks(resumed, config, training)
     checkpoint = arguments.model_name_or_path if resumed is None or is_sharded(resumed) else resumed
     if checkpoint is not None:
-        return load_model(checkpoint, config), tokenizer
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        return load_model(checkpoint, config, dtype=dtype), tokenizer
+    return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
 
 
 def make_compute_metrics(byte_lengths: np.ndarray | None) -> Callable[[EvalPrediction], dict[str, float]]:

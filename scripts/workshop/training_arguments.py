@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from workshop.files import ROOT
 from workshop.settings import LARGEST_SEED, check_counts, check_numbers, check_types, read_settings, types_of
 
 MIN_LR_RATE = 0.1
+# float16 is none of them: gradients below 6e-8 would be 0, and its loss scaling wants float32 weights.
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings of a name that may also be true: the newest checkpoint of output_dir, sharding with what fsdp_config says.
 SWITCHES = ("resume_from_checkpoint", "fsdp")
 
@@ -39,6 +42,13 @@ class ModelArguments:
         default=None,
         metadata={"help": 'Changes to the configuration, such as "chunk_sizes=[4,2,1],topology=anchor".'},
     )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of weights and optimiser. With float32, `bf16` computes in bfloat16 all the same.",
+            "choices": [*WEIGHT_DTYPES],
+        },
+    )
 
     def __post_init__(self):
         if self.model_name_or_path is not None and self.config_name is not None:
@@ -48,6 +58,8 @@ class ModelArguments:
             )
         if self.model_name_or_path is None:
             self.config_name = self.config_name or str(ROOT / "configuration" / "tiny")
+        if self.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"`dtype` must be one of {[*WEIGHT_DTYPES]}, but got {self.dtype!r}.")
         self.tokenizer_name = self.tokenizer_name or self.model_name_or_path or str(ROOT / "tokenization")
 
 

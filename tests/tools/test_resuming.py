@@ -62,6 +62,13 @@ def test_a_whole_checkpoint_gives_the_same_weights(text, whole, checkpoint):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_weights_in_bfloat16_go_on_in_bfloat16(text, tmp_path):
+    whole = run(text, tmp_path, dtype="bfloat16").model.state_dict()
+    resumed = resume(text, tmp_path / "checkpoint-2", dtype="bfloat16").model.state_dict()
+    assert {value.dtype for value in resumed.values()} == {torch.bfloat16}
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 @pytest.mark.parametrize("value", ["true", "True"])
 def test_the_newest_checkpoint_of_the_folder(value, text, whole, checkpoint):
     for name in ("checkpoint-3", "checkpoint-10"):  # killed while they were written
@@ -209,6 +216,7 @@ def test_a_configuration_that_was_changed_in_the_checkpoint_is_refused(text, che
         ({"max_grad_norm": "5"}, "max_grad_norm 1.0 in place of 5.0"),
         ({"optim": "sgd"}, "optim 'adamw_torch[a-z_]*' in place of 'sgd'"),
         ({"bf16": "True", "use_cpu": "True"}, "bf16 False in place of True"),
+        ({"dtype": "bfloat16"}, "dtype 'float32' in place of 'bfloat16'"),
         ({"per_device_train_batch_size": "4"}, "rows_per_step 2 in place of 4"),
         ({"gradient_accumulation_steps": "2"}, "rows_per_step 2 in place of 4"),
         # The rows of a step are the same, and each pass draws its own dropout.

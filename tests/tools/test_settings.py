@@ -33,6 +33,7 @@ from workshop.training_arguments import parse_arguments
             "save_strategy: no",
             r"`save_strategy` must be one of \['no', .*, but .* has False\. YAML reads a bare yes, no",
         ),
+        ("dtype: float16", r"`dtype` must be one of \['float32', 'bfloat16'\], but got 'float16'"),
         ("eval_strategy: never", "`eval_strategy` must be one of .*'steps'.*, but .* has 'never'"),
         ("config_overrides: {hidden_size: 32}", "`config_overrides` must be text or null, but .* has {'hidden_size'"),
         ("run_name: 2024", "`run_name` must be text or null, but .* has 2024"),
