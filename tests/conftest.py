@@ -11,10 +11,12 @@ os.environ["HF_HOME"] = CACHES.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from documents import ROOT  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
 
 settings.register_profile("test", max_examples=100, stateful_step_count=14, deadline=None)
 settings.register_profile("fuzz", max_examples=2000, stateful_step_count=14, deadline=None)
+# Whether an example fails, and not which is the shortest that does: `make mutants`.
+settings.register_profile("mutants", settings.get_profile("test"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("test")
 
 

@@ -109,7 +109,7 @@ def start_worker(folder: Path) -> None:
 def test_command(module: str) -> str:
     """Tests of the module first, then the quick ones, then the slow ones; the first that fails ends it."""
     parts = [FIRST.get(module.removesuffix("_spiralformer.py"), []), QUICK, SLOW]
-    run = f"{sys.executable} -m pytest -x -q -p no:cacheprovider"
+    run = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --hypothesis-profile=mutants"
     lines = [f"{run} {' '.join(f'tests/{name}.py' for name in part)}" for part in parts if part]
     return f"sh -c '{' && '.join(lines)}'"
 
