@@ -11,7 +11,7 @@ LATEST = .venv-latest/bin/python
 OLDEST = 5.17.0
 
 .PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-library test-min test-version test-latest \
-	fuzz fuzz-long long-run damage kills table memory benchmark results results-run figures clean
+	fuzz fuzz-long long-run mutants damage kills table memory benchmark results results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
@@ -28,6 +28,7 @@ help:
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"
 	@echo "make long-run     a million tokens decoded by one process, memory and last logits checked: half an hour"
+	@echo "make mutants      300 small faults of the package, drawn at random, each held to the tests; goes on where it stopped: hours"
 	@echo "make table        parameters and FLOPs of the published models beside the paper's"
 	@echo "make memory       bytes that a cache holds, per level, with a bar chart"
 	@echo "make benchmark    time and memory beside GPT-NeoX, then Llama, of the same width, and many requests at once: about 70 minutes"
@@ -166,6 +167,11 @@ fuzz-long: $(STAMP)
 long-run: export OMP_NUM_THREADS = 1
 long-run: $(STAMP)
 	$(RUN) tests/helpers/long_run.py
+
+mutants: export OMP_NUM_THREADS = 1
+mutants: $(STAMP)
+	$(RUN) -m pip install --quiet -c constraints.txt cosmic-ray==8.7.0
+	$(RUN) tests/helpers/mutants.py
 
 table: $(STAMP)
 	$(RUN) scripts/model_table.py
