@@ -136,6 +136,7 @@ class Rows:
         self.mask_unchecked = False  # a compiled call took a mask whose values it could not look at
         self.unfinished = False  # a forward has begun and not ended: an error may have left any part half written
         self.every_row = False  # adapters tell the rows of the batch apart: all of them run where one does
+        self.dtype: torch.dtype | None = None  # of the embeddings
 
     def settled(self, columns: int) -> bool:
         """Whether every row has had a token after so many columns: its padding is final then."""

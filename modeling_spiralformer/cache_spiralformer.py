@@ -26,7 +26,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Columns, MaybeNone, Past, Rows
+from .batch_spiralformer import Batch, Columns, MaybeNone, Past, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig, processes_of
@@ -81,6 +81,11 @@ class SpiralFormerTokenLayer(GrowingLayer):
         self.keys = append_columns(self.keys, self._kept(key_states))
         self.values = append_columns(self.values, self._kept(value_states))
         return self._read(self.keys, key_states.dtype), self._read(self.values, value_states.dtype)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`, integers or booleans."""
+        if self.is_initialized:
+            super().batch_select_indices(row_indices(indices, self.keys.device))
 
 
 class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
@@ -167,7 +172,7 @@ class SpiralFormerLatentLayer(LatentEntry, GrowingLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`, integers or booleans."""
-        self.map_rows(lambda states: states[indices.to(states.device)])
+        self.map_rows(lambda states: states[row_indices(indices, states.device)])
 
 
 class SpiralFormerQuantizedCache(DynamicCache):
@@ -198,6 +203,18 @@ class SpiralFormerQuantizedCache(DynamicCache):
         layers: list[Any] = self.layers  # more than the library's union of layers has in common
         for layer, size in zip(layers, entry_sizes(config), strict=True):
             layer.precision = precisions[size]
+
+
+def row_indices(indices: Any, device: torch.device) -> torch.Tensor:
+    """Which rows a cache is to keep, out of a tensor, an array or a list.
+
+    Raises:
+        `ValueError`: for anything but one dimension of integers or booleans.
+    """
+    found = None if isinstance(indices, slice) else torch.as_tensor(indices, device=device)
+    if found is None or found.dim() != 1 or found.is_floating_point():
+        raise ValueError(f"`indices` must be one dimension of integers or booleans, but got {indices!r}.")
+    return found
 
 
 def forget(layer: DynamicLayer) -> None:
@@ -232,7 +249,7 @@ def find_states(
     if torch.is_grad_enabled() and any(getattr(layer, "precision", None) for layer in getattr(cache, "layers", [])):
         raise ValueError(f"{CACHE_ARGUMENT} must not be quantised where gradients are recorded: take torch.no_grad().")
     if not grids:
-        _fit_token_layers(cache, inputs_embeds.shape[0])
+        _fit_token_layers(cache, config, inputs_embeds)
         return []
     core = _latent_layers(cache, config)
     owners = [layers[0] for layers in core]
@@ -242,6 +259,9 @@ def find_states(
         _start(cache, core, config, grids, inputs_embeds)
     states = [owner.state for owner in owners if owner.state is not None]
     check_states(states, grids, inputs_embeds.shape[0])
+    kept = states[0].rows.dtype
+    if inputs_embeds.is_floating_point() and inputs_embeds.dtype != kept:
+        raise ValueError(f"{CACHE_ARGUMENT} holds states in {kept}, but got an input in {inputs_embeds.dtype}.")
     if static:
         check_room(states, inputs_embeds.shape[1])  # type: ignore[arg-type]  # each a StaticState
         return states
@@ -267,6 +287,7 @@ def read_past(cache: Cache | None, states: list[ResolutionState], is_given: bool
 
 
 BUILT_FOR = f"{CACHE_ARGUMENT} must be built for this model by DynamicCache(config=model.config)"
+NOT_WHOLE = f"{BUILT_FOR} and whole, but an error ended a forward that was writing to it: call reset()."
 QUANTISED = 'generate(cache_implementation="quantized")'
 NOT_OFFLOADED = (
     "the library fetches the keys of the next entry while a layer runs, and which entry is next depends on the chunks "
@@ -289,18 +310,42 @@ def make_quantised(config: SpiralFormerConfig, cache_config: dict[str, Any] | No
     return SpiralFormerQuantizedCache(config, **options)
 
 
-def _fit_token_layers(cache: Cache, rows: int) -> None:
+def _fit_token_layers(cache: Cache, config: SpiralFormerConfig, inputs_embeds: torch.Tensor) -> None:
     """The cache of a stack without a loop: one that holds no token goes on with another number of rows."""
-    static = cache.is_compileable
+    static, rows = cache.is_compileable, inputs_embeds.shape[0]
     layers: list[Any] = cache.layers
-    held = cache.batch_size if static and layers[0].is_initialized else rows
-    # A static cache counts in a tensor, which is read where the rows differ alone.
-    if held != rows and (is_torchdynamo_compiling() or cache.get_seq_length() > 0):
+    sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
+    if sliding or len(layers) not in (0, config.num_hidden_layers):
+        raise ValueError(f"{BUILT_FOR}, but got {cache!r} of {len(layers)} layers.")
+    held = rows
+    if layers and layers[0].is_initialized:
+        held = cache.batch_size if static else layers[0].keys.shape[0]
+    # A static cache counts in a tensor, which is read where it must be alone.
+    unfinished = not is_torchdynamo_compiling() and getattr(cache, "unfinished", False)
+    if (held != rows or unfinished) and (is_torchdynamo_compiling() or cache.get_seq_length() > 0):
+        if unfinished:
+            raise ValueError(NOT_WHOLE)
         raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
     if static:
-        fit_static_layers(cache, rows)
+        fit_static_layers(cache, inputs_embeds)
     elif cache.get_seq_length() == 0:
         restart(cache)
+
+
+def begin_call(cache: Cache | None, states: list[ResolutionState], batch: Batch, every_row: bool) -> None:
+    """A call that was not refused begins to write: what fails before `end_call` leaves the cache half written."""
+    if states:
+        states[0].rows.begin(batch, every_row)
+    elif cache is not None and not is_torchdynamo_compiling():
+        cache.unfinished = True  # type: ignore[attr-defined]
+
+
+def end_call(cache: Cache | None, states: list[ResolutionState]) -> None:
+    """A call has written all of its tokens."""
+    if states:
+        states[0].rows.end()
+    elif cache is not None and not is_torchdynamo_compiling():
+        cache.unfinished = False  # type: ignore[attr-defined]
 
 
 def _latent_layers(cache: Cache, config: SpiralFormerConfig) -> list[list[LatentEntry]]:
@@ -327,7 +372,7 @@ def _start(
 ) -> None:
     """Makes a cache that holds no token ready for as many rows as `inputs_embeds` has."""
     if cache.is_compileable:
-        fit_static_layers(cache, inputs_embeds.shape[0])
+        fit_static_layers(cache, inputs_embeds)
     else:
         restart(cache)
     states = inputs_embeds.detach()[:, :0]
@@ -336,6 +381,7 @@ def _start(
     for layers, grid in zip(core, grids, strict=True):
         for layer in layers:
             layer.bind(grid, layers[0], rows, states, heads)
+    core[0][0].state.rows.dtype = states.dtype  # type: ignore[union-attr]  # those of before, where a static cache fits
 
 
 def _local_heads(config: SpiralFormerConfig) -> int:
@@ -351,7 +397,7 @@ def check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: in
     if [state.grid for state in states] != grids:
         raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
     if states[0].rows.unfinished:
-        raise ValueError(f"{BUILT_FOR} and whole, but an error ended a forward that was writing to it: call reset().")
+        raise ValueError(NOT_WHOLE)
     if not states[0].is_new and states[0].num_rows != rows:
         raise ValueError(f"{CACHE_ARGUMENT} holds {states[0].num_rows} rows, but the input has {rows}.")
 
@@ -408,7 +454,9 @@ __all__ = [
     "SpiralFormerLatentLayer",
     "SpiralFormerQuantizedCache",
     "SpiralFormerTokenLayer",
+    "begin_call",
     "check_states",
+    "end_call",
     "find_states",
     "make_quantised",
     "read_past",

@@ -201,6 +201,7 @@ class CompiledStep:
         self.model, self.whole, self.options = model, whole, options
         self.parts: dict[str, Callable] = {}
         self.cache: ref | None = None  # that of the last step
+        self.modules: tuple[nn.Module, ...] = ()  # of the model, when its steps began
 
     @takes_either_cache_name("cache")
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
@@ -273,7 +274,11 @@ class CompiledStep:
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)
         if not is_token or not keeps_all or return_dict is False or use_cache is False or any_given(others):
             return None
-        if not body.grids or not isinstance(cache, StaticCache) or self._is_watched():
+        if not body.grids or not isinstance(cache, StaticCache):
+            return None
+        if is_new := self.cache is None or self.cache() is not cache:
+            self.modules = tuple(self.model.modules())
+        if self._is_watched():
             return None
         states: list[Any] = [getattr(cache.layers[entries.start], "state", None) for entries in body.core_entries]
         if not all(state is not None and state.begun and state.settled for state in states):
@@ -283,7 +288,7 @@ class CompiledStep:
             return None
         if body.shared:
             check_shared(body)
-        if self.cache is None or self.cache() is not cache:  # to look at all its layers takes 1% of a step
+        if is_new:  # to look at all its layers takes 1% of a step
             find_states(cache, body.config, body.grids, new)
             self.cache = ref(cache)
         else:
@@ -302,8 +307,7 @@ class CompiledStep:
             return True
         if config.output_hidden_states or config.output_attentions:
             return True
-        outer = (model, body, body.topology, *body.resolutions)
-        return any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in outer)
+        return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in self.modules)
 
 
 def any_given(options: dict[str, Any]) -> bool:

@@ -166,6 +166,25 @@ def prepare_batching(
     return batching
 
 
+# Fields of a generation configuration that the library would not look at, and what they may be.
+NOT_LOOKED_AT: dict[str, tuple] = {
+    "max_time": (None,),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "paged"),
+}
+RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+NOT_LOOKED_AT |= dict.fromkeys(RECORDED, (None, False))
+
+
+def check_length(generation: GenerationConfig, max_new_tokens: int | None) -> None:
+    """Refuses a `max_length`, which the library would not look at, where nothing else says how long to go on."""
+    if generation.max_length is not None and generation.max_new_tokens is None and max_new_tokens is None:
+        raise ValueError(
+            f"`max_length` must be None in continuous batching, but got {generation.max_length}: give "
+            "`max_new_tokens`."
+        )
+
+
 def check_decoding(model: Any, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuses what the library would not look at, or would do with the flat batch as with rows of texts.
 
@@ -179,8 +198,10 @@ def check_decoding(model: Any, generation: GenerationConfig, tokenizer: PreTrain
     mode = generation.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"Continuous batching decodes greedily or by sampling, but got {mode.value}: use generate().")
-    if generation.max_time is not None:  # the library would not look at it
-        raise ValueError(f"`max_time` must be None in continuous batching, but got {generation.max_time}.")
+    for name, allowed in NOT_LOOKED_AT.items():
+        if (value := getattr(generation, name)) not in allowed:
+            words = " or ".join(map(repr, allowed))
+            raise ValueError(f"`{name}` must be {words} in continuous batching, but got {value!r}.")
     if generation.stop_strings and tokenizer is None:
         raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
     seen = copy.deepcopy(generation)  # the library makes some processors only where special tokens are prepared
@@ -407,6 +428,7 @@ __all__ = [
     "PagedCall",
     "SpiralFormerBatchingManager",
     "check_decoding",
+    "check_length",
     "default_batching",
     "prepare_batching",
     "these_blocks",

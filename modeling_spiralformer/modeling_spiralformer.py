@@ -88,7 +88,16 @@ from .cache_name_spiralformer import (
     CHECKPOINTED_LAYERS_KEEP_CACHE,
     takes_either_cache_name,
 )
-from .cache_spiralformer import NOT_OFFLOADED, IterationCache, MovedCache, find_states, make_quantised, read_past
+from .cache_spiralformer import (
+    NOT_OFFLOADED,
+    IterationCache,
+    MovedCache,
+    begin_call,
+    end_call,
+    find_states,
+    make_quantised,
+    read_past,
+)
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .compiled_spiralformer import CompiledStep
 from .configuration_spiralformer import SpiralFormerConfig
@@ -97,11 +106,13 @@ from .continuous_spiralformer import (
     PagedCall,
     SpiralFormerBatchingManager,
     check_decoding,
+    check_length,
     prepare_batching,
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
 from .flex_spiralformer import check_flex, unfused_on_cpu
+from .heads_spiralformer import check_kept, check_labels, keep_positions, last_tokens, new_tokens
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .paging_spiralformer import PagedState
@@ -240,6 +251,22 @@ class SpiralFormerResolution(nn.Module):
         return self.scale_up(latents)[:0].sum() + hidden_states[:0].sum()
 
 
+def schedule_fields(config: SpiralFormerConfig) -> tuple:
+    """The fields that say which iterations there are, as they stand now."""
+    fields = (config.chunk_sizes, config.chunk_offsets, config.causal_shifts)
+    return tuple(None if values is None else [*values] for values in fields)
+
+
+def check_recorded(output_hidden_states: bool | int | list[int] | None, config: SpiralFormerConfig) -> None:
+    """Raises `ValueError` for numbers of states in a call with a cache: an iteration that fills no chunk has none."""
+    chosen = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    if chosen is not None and not isinstance(chosen, bool) and max(config.chunk_sizes, default=1) > 1:
+        raise ValueError(
+            f"`output_hidden_states` must be True or False with a cache, but got {chosen}: a call records the layers "
+            "that it runs, and which these are depends on the chunks that fill. Pass `use_cache=False`."
+        )
+
+
 @auto_docstring
 class SpiralFormerPreTrainedModel(PreTrainedModel):
     """What all SpiralFormer models share: validation of the configuration, initialisation, capability flags."""
@@ -287,6 +314,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As the library does; SHA256SUMS, where the folder has one, lists the new files in place of the old ones."""
+        body: SpiralFormerModel | MaybeNone = self.base_model
+        body.check_schedule()
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and Path(save_directory, DIGESTS_NAME).exists():
             write_digests(save_directory)
@@ -361,7 +390,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             self.topology = TOPOLOGIES[config.topology](config)
         self.norm = make_norm(config)
         self.rotary_emb = make_rotary_embedding(config)
-        self.grids = ChunkGrid.of(config)
+        self.grids, self.schedule = ChunkGrid.of(config), schedule_fields(config)
         # In a view, which shares modules with another model, these are others (`elastic_spiralformer`): how far the
         # entries of core and coda are from the numbers of the layers, the configuration that the layers read, and
         # where the modules come from.
@@ -432,8 +461,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         # norm(f_post(h_T))
         for layer in self.coda:
             hidden_states = layer(hidden_states, **token_layer)
-        if states:
-            states[0].rows.end()
+        end_call(cache, states)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_NAME: cache},  # type: ignore[arg-type]
@@ -460,14 +488,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """x `(B, S, D)`: the embeddings that are given, or those of the ids, scaled and dropped out."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[:2]:
-            name = "inputs_embeds" if input_ids is None else "input_ids"
-            shape = tuple(inputs_embeds.shape[:2])
-            raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
         # CODEPATH: plain stacks (pythia-*) and converted checkpoints do not scale them, all others do.
         if self.config.scale_embeddings:
             inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
@@ -491,6 +514,24 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             )
         return False
 
+    def _check_call(self, given: dict[str, Any]) -> None:
+        """Refuses what layers would follow and levels would not, and another schedule than the model was made with."""
+        if given.get("is_causal") is False or getattr(self.config, "is_causal", None) is False:
+            raise ValueError(
+                "`is_causal` must be True, but got False: a latent that has seen later tokens would give them away."
+            )
+        if not is_torchdynamo_compiling():
+            self.check_schedule()
+
+    def check_schedule(self) -> None:
+        """Raises `ValueError` where the configuration names another schedule than the model was made with."""
+        if schedule_fields(self.config) != self.schedule:
+            raise ValueError(
+                f"`chunk_sizes`, `chunk_offsets` and `causal_shifts` must stay {self.schedule}, as they were when the "
+                f"model was made, but got {schedule_fields(self.config)}: load the model with the others, or take "
+                "`with_schedule()`."
+            )
+
     def _checkpoints_layers(self) -> bool:
         """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
         replayed = torch.is_grad_enabled() or not CHECKPOINTED_LAYERS_KEEP_CACHE
@@ -510,6 +551,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
         Without a cache the states last for this call.
         """
+        self._check_call(given)
+        if str(self.layer_config._attn_implementation).startswith("paged|"):
+            raise ValueError(
+                "`attn_implementation` must be sdpa, eager or flex_attention, but got "
+                f"{self.layer_config._attn_implementation!r}: nobody draws it a mask. `generate_batch()` sets its own."
+            )
         uses_cache = self._uses_cache(given_cache, use_cache)
         boundaries = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
         if self.shared and not is_torchdynamo_compiling():
@@ -517,6 +564,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         check_flex(self, inputs_embeds, given_cache, given)
         every_row, rows = meet_adapters(self), Rows()
         if uses_cache:
+            check_recorded(given.get("output_hidden_states"), self.config)
             cache = DynamicCache(config=self.config) if given_cache is None else given_cache
             states = find_states(cache, self.config, self.grids, inputs_embeds)
         else:
@@ -525,8 +573,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         batch = read_batch(attention_mask, position_ids, boundaries, inputs_embeds, past)
         if batch.texts is not None:  # packed rows are read whole: no call goes on from them
             cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
-        if states:
-            states[0].rows.begin(batch, every_row)
+        begin_call(cache, states, batch, every_row)
         return batch, states, cache, given
 
     def _read_step(
@@ -539,6 +586,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         step: dict[str, Any],
     ) -> tuple[PagedCall, list[PagedState], PagedCall, dict[str, Any]]:
         """The same for a step of continuous batching, of which `step` says what is in its batch."""
+        self._check_call(step)
         if self.shared:
             check_shared(self)
         if meet_adapters(self):
@@ -597,27 +645,6 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         )
 
 
-def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The states whose logits are asked for, out of `(B, S, D)`.
-
-    Args:
-        logits_to_keep: an integer, that many of the last positions, 0 for all; a 1-D tensor of positions for all rows;
-            a 2-D tensor of integers `(B, K)`, positions of each row; or of booleans `(B, S)`.
-
-    Returns:
-        `(B, K, D)`; of 2-D booleans `(positions, D)`.
-    """
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise ValueError(f"`logits_to_keep` must be 0 or more, or a tensor, but got {logits_to_keep}.")
-        return hidden_states[:, -logits_to_keep:]
-    if logits_to_keep.dim() != 2:
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-
-
 @auto_docstring(custom_intro="SpiralFormer with a language-modelling head: logits `(B, S, vocab_size)`.")
 class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -650,6 +677,12 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             What earlier calls computed, as `DynamicCache(config=model.config)` or `StaticCache` holds it. Up to
             transformers 5.23 the library calls it `past_key_values`; either name is taken with every release.
         """
+        # Before the cache is written to.
+        tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        check_kept(logits_to_keep, tokens)
+        if labels is not None:
+            shifted, ignored = kwargs.get("shift_labels"), kwargs.get("ignore_index", -100)
+            check_labels(labels, shifted, logits_to_keep, tokens, self.config.vocab_size, ignored)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -727,6 +760,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 "`generate_batch` takes `max_new_tokens`, and all else of decoding in `generation_config`, but got "
                 f"{unknown}."
             )
+        decoding = args[0] if args else options.get("generation_config")
+        check_length(self.generation_config if decoding is None else decoding, options.get("max_new_tokens"))
         given = TOKENIZER.set(tokenizer)
         try:
             return super().generate_batch(inputs, *args, **options)
@@ -752,6 +787,12 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             )
         return mask
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled: a copy would run it on the parameters of its original."""
+        kept = super().__getstate__()
+        compiled = ("compiled_step", "_compiled_call", "_last_compile_config")
+        return {name: value for name, value in kept.items() if name not in compiled}
+
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """As the library does; but steps of one token over a static cache are compiled in parts (`CompiledStep`)."""
         whole = super().get_compiled_call(compile_config)
@@ -770,9 +811,14 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As the library does; but a quantised cache has this model's layers, as the library's hold no latents."""
         if generation_config.is_assistant:  # transformers 5.17 hands a draft the kind of its target's cache
-            generation_config.cache_implementation = None
+            generation_config.cache_implementation = generation_config.cache_config = None
         kind = generation_config.cache_implementation or ""
         makes_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
+        if makes_cache and kind != "quantized" and generation_config.cache_config:
+            raise ValueError(
+                "`cache_config` must be None where `cache_implementation` is not 'quantized', but got "
+                f"{generation_config.cache_config} with {generation_config.cache_implementation!r}."
+            )
         if makes_cache and "offloaded" in kind and self.model.grids:
             raise ValueError(f"`cache_implementation` must not be {kind!r}: {NOT_OFFLOADED}")
         if makes_cache and kind == "quantized":
@@ -783,6 +829,8 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """As the library does; what it cannot make a first call of is refused here, in the words of `generate()`."""
         cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
+        if generation_config.prefill_chunk_size is not None and generation_config.prefill_chunk_size < 1:
+            raise ValueError(f"`prefill_chunk_size` must be >= 1, but got {generation_config.prefill_chunk_size}.")
         if embeddings is not None and generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "`prefill_chunk_size` must be None with `inputs_embeds`, since generate() cuts ids alone, but got "
@@ -829,25 +877,53 @@ class SpiralFormerForSequenceClassification(
 ):
     """SpiralFormer with a head for one label per row, read at its last token; the library's generic head.
 
+    Where a mask is given, it alone says which token of a row is the last: the library asks for ids of padding.
+
     `num_items_in_batch`, the labels in all parts of an accumulated step, divides the loss of each part. `Trainer`
     gives it to every forward that takes `**kwargs`; the generic head hands it to no loss.
     """
 
+    @takes_either_cache_name("cache")
     @can_return_tuple
     @wraps(GenericForSequenceClassification.forward, assigned=())
     @auto_docstring
     def forward(
         self,
-        *inputs,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         r"""
+        cache (`Cache`, *optional*):
+            What earlier calls computed, as in a causal language model.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
-        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        body = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(body.last_hidden_state)
+        last = last_tokens(attention_mask, input_ids, past, tokens, self.config.pad_token_id)
+        outputs = SequenceClassifierOutputWithPast(
+            logits=logits[torch.arange(logits.shape[0], device=logits.device), last],
+            **{CACHE_NAME: getattr(body, CACHE_NAME)},
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
         if labels is None:
             return outputs
         options = {"labels": labels, "pooled_logits": outputs.logits, "config": self.config}

@@ -94,6 +94,8 @@ def read_precisions(
     sizes, head_size = sorted(set(entry_sizes(config))), config.resolved_head_dim
     given = dict(nbits) if isinstance(nbits, Mapping) else dict.fromkeys(sizes, nbits)
     names: dict[int | str, int] = {size: size for size in sizes} | {str(size): size for size in sizes}
+    if len({str(size) for size in given}) < len(given):
+        refuse("nbits", nbits, "each chunk size once, be it a number or a word")
     bits = dict.fromkeys(sizes, FULL)
     for size, count in given.items():
         if size not in names:

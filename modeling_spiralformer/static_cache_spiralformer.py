@@ -225,7 +225,7 @@ class StaticState(ResolutionState):
         return self.token_ring[:, None] if self.tokens is None else super().members(filled)
 
     def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
-        kept = self.latent_ring.shape[1]
+        kept, latents = self.latent_ring.shape[1], latents.to(self.latent_ring.dtype)
         if self.tokens is None:
             copy_columns(self.latent_ring, latents, filled.first % kept, filled.new)
             return
@@ -311,6 +311,14 @@ class SpiralFormerStaticTokenLayer(UncroppableLayer):
     """The library's static layer, for `StaticCache`."""
 
     _layer_type = TOKEN_LAYER_TYPE
+    keys: Any  # tensors, once there are any
+    values: Any
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """As the library does; keys of another dtype, those of autocast, are kept in that of the first ones."""
+        if self.is_initialized:
+            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
@@ -332,7 +340,7 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
         heads: tuple[int, int],
     ) -> None:
         """As for the dynamic layer: gets ready for its state's first tokens, allocating everything."""
-        if self.state is not None and self.state.num_rows == states.shape[0]:
+        if self.state is not None and fits(self.keys, states):
             return
         if owner is self:
             self.state, self.owns_state = StaticState(grid, rows, self.max_cache_len, states), True
@@ -354,7 +362,7 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
         if filled is None:
             raise ValueError("`filled` must say which chunks the keys belong to: this cache layer holds latents.")
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            copy_columns(stored, new, filled.first, filled.new)
+            copy_columns(stored, new.to(stored.dtype), filled.first, filled.new)
         return self.keys, self.values
 
     @property
@@ -385,12 +393,21 @@ class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):
             self.state.rows.reset()
 
 
-def fit_static_layers(cache: Cache, rows: int) -> None:
-    """Lets a static cache that holds no token go on with another number of rows: its token layers allocate anew."""
+def fits(stored: Any, states: torch.Tensor) -> bool:
+    """Whether a store was made for as many rows of the dtype and on the device of `states`, and may be written to."""
+    same = stored.shape[0] == states.shape[0] and stored.dtype == states.dtype and stored.device == states.device
+    if is_torchdynamo_compiling():  # a graph has no inference mode
+        return same
+    return same and (torch.is_inference_mode_enabled() or not stored.is_inference())
+
+
+def fit_static_layers(cache: Cache, states: torch.Tensor) -> None:
+    """Lets a static cache that holds no token go on with rows `(B, S, D)` of another number or kind: its token layers
+    allocate anew."""
     layers: list[Any] = cache.layers  # more than the library's union of layers has in common
     for layer in layers:
         if getattr(layer, "_layer_type", None) == TOKEN_LAYER_TYPE and layer.is_initialized:
-            layer.is_initialized = layer.batch_size == rows
+            layer.is_initialized = fits(layer.keys, states)
 
 
 def check_room(states: list[StaticState], length: int) -> None:

@@ -27,8 +27,11 @@ SPARE_SHARE = 1 / 64
 
 
 def may_write(stored: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether `new` may be written into the memory of `stored`: one kind, and no gradients or graph recorded."""
-    if stored.requires_grad or new.requires_grad or is_torchdynamo_compiling():
+    """Whether `new` may be written into the memory of `stored`: one kind, and no gradients or graph recorded.
+
+    Keys without a gradient may still be kept for that of the queries.
+    """
+    if torch.is_grad_enabled() or stored.requires_grad or is_torchdynamo_compiling():
         return False
     if stored.dtype != new.dtype or stored.device != new.device:
         return False

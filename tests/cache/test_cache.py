@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from cache_machine import CacheMachine
 from histories import History
 from support import pad_rows, random_ids, small_config, small_model
-from transformers import Cache, DynamicCache, StaticCache, cache_utils
+from transformers import Cache, DynamicCache, MistralConfig, StaticCache, cache_utils
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.layers_spiralformer import FAMILIES
@@ -319,6 +320,10 @@ class Interrupted(Exception):
     """Stands for anything that can end a forward: out of memory, Ctrl-C."""
 
 
+NO_LOOP = {"chunk_sizes": [], "num_core_layers": 0}
+schedules = pytest.mark.parametrize("options", [{}, NO_LOOP], ids=["loop", "no loop"])
+
+
 @pytest.mark.parametrize(
     ("place", "family"),
     [
@@ -348,6 +353,92 @@ def test_a_cache_that_an_error_left_half_written_is_refused(place, family, stati
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("place", ["prelude.0", "prelude.1", "coda.1"])
+def test_a_cache_that_an_error_left_half_written_is_refused_without_a_loop(place, static):
+    model, ids = small_model(**NO_LOOP, num_prelude_layers=2, num_coda_layers=2), random_ids(1, 15)
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+
+    def interrupt(*args):
+        raise Interrupted
+
+    with torch.no_grad():
+        model(ids[:, :13], past_key_values=cache)
+        handle = model.model.get_submodule(place).register_forward_pre_hook(interrupt)
+        with pytest.raises(Interrupted):
+            model(ids[:, 13:14], past_key_values=cache)
+        handle.remove()
+        for kept in (cache, copy.deepcopy(cache)):
+            with pytest.raises(ValueError, match="call reset"):
+                model(ids[:, 13:14], past_key_values=kept)
+        cache.reset()
+        restarted = model(ids, past_key_values=cache).logits
+        assert (restarted - model(ids, use_cache=False).logits).abs().max() < 1e-9
+
+
+def test_a_cache_of_another_kind_is_refused_without_a_loop():
+    model, ids = small_model(**NO_LOOP), random_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 2 rows, but the input has 1"):
+            model(ids[:1, 6:], past_key_values=cache)
+        logits = model(ids[:, 6:], past_key_values=cache).logits
+        assert (logits - model(ids, use_cache=False).logits[:, 6:]).abs().max() < 1e-9
+        for count, window in ((2, 4), (3, None)):
+            other = MistralConfig(num_hidden_layers=count, sliding_window=window)
+            with pytest.raises(
+                ValueError, match=r"must be built for this model by DynamicCache\(config=model.config\)"
+            ):
+                model(ids, past_key_values=DynamicCache(config=other))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_states_of_another_dtype_are_refused(static):
+    model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        model.to(torch.bfloat16)
+        with pytest.raises(ValueError, match="holds states in torch.float32, but got an input in torch.bfloat16"):
+            model(ids[:, 9:], past_key_values=cache)
+        cache.reset()
+        logits = [model(part, past_key_values=cache).logits for part in ids.split([9, 1, 5], dim=1)]
+        assert cache.layers[0].keys.dtype == cache.layers[-2].keys.dtype == torch.bfloat16
+        assert (torch.cat(logits, dim=1) - model(ids, use_cache=False).logits).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_under_autocast(static):
+    model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 5], dim=1)], dim=1)
+        assert (logits - model(ids, use_cache=False).logits).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # GPT-NeoX makes queries and keys by one product
+def test_gradients_through_a_cache_of_frozen_keys(attention, family):
+    """Queries alone learn, as with adapters of theirs: what is kept for their gradients must not be written to."""
+    options = {"layer_family": family, "num_core_layers": 1, "num_key_value_heads": 4}
+    model = small_model(**options, attn_implementation=attention)
+    model.requires_grad_(False)
+    layers = (model.model.prelude[0], model.model.core[0])
+    learnt = [layer.self_attn.q_proj.weight.requires_grad_() for layer in layers]
+    ids, gradients = random_ids(1, 80), []
+    for cached in (False, True):
+        if cached:
+            cache = DynamicCache(config=model.config)
+            parts = [model(part, past_key_values=cache).logits for part in ids[:, :70].split([66, 1, 1, 2], dim=1)]
+            logits = torch.cat(parts, dim=1)
+        else:
+            logits = model(ids[:, :70], use_cache=False).logits
+        gradients.append(torch.autograd.grad(logits.square().sum(), learnt))
+    for expected, found in zip(*gradients, strict=True):
+        assert (expected - found).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_a_refused_input_leaves_the_cache_as_it_was(static):
     model, ids = small_model(), random_ids(1, 15)
     cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
@@ -369,3 +460,35 @@ def test_a_refused_input_leaves_the_cache_as_it_was(static):
                 model(ids[:, 9:], past_key_values=cache, **{**bad, "attention_mask": torch.ones(1, 7)})
         second = model(ids[:, 9:], past_key_values=cache).logits
     assert (torch.cat([first, second], dim=1) - expected).abs().max() < 1e-9
+
+
+# -- rows that are kept -------------------------------------------------------------------------------------------
+
+
+@schedules
+@pytest.mark.parametrize(
+    "kind", [torch.tensor, list, np.array, lambda rows: torch.tensor([row in rows for row in range(3)])]
+)
+def test_rows_are_kept_whatever_names_them(options, kind):
+    model, ids = small_model(**options), random_ids(3, 15)
+    rows, cache = [0, 2], DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        cache.batch_select_indices(kind(rows))
+        logits = model(ids[rows, 9:], past_key_values=cache).logits
+        assert (logits - model(ids[rows], use_cache=False).logits[:, 9:]).abs().max() < 1e-9
+
+
+@schedules
+@pytest.mark.parametrize(
+    "indices", [1, slice(0, 1), torch.tensor(1), torch.tensor([[1]]), torch.tensor([0.5])], ids=str
+)
+def test_what_names_no_rows_is_refused(options, indices):
+    model, ids = small_model(**options), random_ids(3, 15)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        with pytest.raises(ValueError, match="`indices` must be one dimension of integers or booleans, but got"):
+            cache.batch_select_indices(indices)
+        logits = model(ids[:, 9:], past_key_values=cache).logits
+        assert (logits - model(ids, use_cache=False).logits[:, 9:]).abs().max() < 1e-9

@@ -190,6 +190,7 @@ def test_a_view_has_its_own():
         ({"nbits": {4: 8.5}}, "`nbits`"),
         ({"nbits": {3: 8}}, r"`nbits` must be for some of the chunk sizes \[1, 2, 4\]"),
         ({"nbits": {"1.0": 8}}, "chunk sizes"),
+        ({"nbits": {1: 4, "1": 8}}, "`nbits` must be each chunk size once, be it a number or a word, but got"),
         ({"q_group_size": 3}, "`q_group_size` must be None or a divisor of 8"),
         ({"q_group_size": 0}, "`q_group_size`"),
         ({"q_group_size": -4}, "`q_group_size`"),
@@ -204,6 +205,16 @@ def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small_model().generate(
             random_ids(1, 3), max_new_tokens=1, cache_implementation="quantized", cache_config=options
+        )
+
+
+@pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+def test_options_of_a_cache_that_is_not_quantised_are_refused(kind):
+    with pytest.raises(
+        ValueError, match="`cache_config` must be None where `cache_implementation` is not 'quantized'"
+    ):
+        small_model().generate(
+            random_ids(1, 9), cache_implementation=kind, cache_config={"nbits": 4}, max_new_tokens=2
         )
 
 

@@ -1,5 +1,8 @@
 """The static cache: the same logits in tensors of fixed size, and how often its calls compile."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from support import pad_rows, random_ids, small_model
@@ -194,6 +197,48 @@ def test_a_step_with_recorded_states_is_compiled_whole():
     expected = model.generate(ids, attention_mask=mask, **SEARCH, output_hidden_states=True)
     tokens, logits, graphs = compiled_generate(model, ids, mask, output_hidden_states=True)
     assert torch.equal(tokens, expected.sequences) and graphs == fill_patterns(model, [0], range(11, 23))
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"output_attentions": True}], ids=str)
+def test_steps_after_recorded_states_are_compiled_whole(options):
+    """The library leaves hooks on every layer, which a part cannot be compiled with."""
+    model = small_model(chunk_sizes=[2], attn_implementation="eager", **FEW_LAYERS)
+    ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    model(ids, **options)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, graphs = compiled_generate(model, ids, mask)
+    assert torch.equal(tokens, expected.sequences) and graphs == fill_patterns(model, [0], range(11, 23))
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.core.0", "model.coda.0.mlp"])
+def test_a_hook_that_comes_after_compiled_steps_counts(place):
+    model = small_model(chunk_sizes=[2], num_core_layers=1)
+    ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    compiled_generate(model, ids, mask)
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: output * 1.5)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, _ = compiled_generate(model, ids, mask)
+    assert torch.equal(tokens, expected.sequences)
+    assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 6}], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_model_that_was_compiled_runs_on_its_own_weights(how, duplicate):
+    model = small_model(chunk_sizes=[2], **FEW_LAYERS)
+    ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    compiled_generate(model, ids, mask, **how)
+    other = duplicate(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.7)
+    expected = other.generate(ids, attention_mask=mask, use_cache=False, **SEARCH)
+    tokens, logits, _ = compiled_generate(other, ids, mask, **how)
+    assert torch.equal(tokens, expected.sequences)
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
 
 

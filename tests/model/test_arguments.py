@@ -361,11 +361,115 @@ def test_logits_to_keep(cached):
         cache = DynamicCache(config=model.config) if cached else None
         logits = model(text, logits_to_keep=kept, past_key_values=cache, use_cache=cached).logits
         assert logits.shape == expected.shape and (logits - expected).abs().max() < 1e-12, kept
-    with pytest.raises(ValueError, match="`logits_to_keep` must be 0 or more.*but got -3"):
-        model(text, logits_to_keep=-3)
+
+
+@schedule
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"logits_to_keep": -3}, "`logits_to_keep` must be 0 or more.*but got -3"),
+        ({"logits_to_keep": [1, 2]}, r"`logits_to_keep` must be an integer, or a tensor.*but got \[1, 2\]"),
+        ({"logits_to_keep": torch.tensor([0.5])}, "`logits_to_keep` must be an integer.*but got torch.float"),
+        ({"logits_to_keep": torch.tensor([1, 4])}, r"`logits_to_keep` must be in \[-4, 3\], but got 1 to 4"),
+        ({"logits_to_keep": torch.tensor([[1], [-5]])}, r"`logits_to_keep` must be in \[-4, 3\], but got -5 to 1"),
+        (
+            {"logits_to_keep": torch.ones(3, 1, dtype=torch.long)},
+            r"must have shape \(K,\) or \(2, K\), but got \(3, 1\)",
+        ),
+        ({"logits_to_keep": torch.ones(3, dtype=torch.bool)}, r"must have shape \(4,\) or \(2, 4\), but got \(3,\)"),
+        ({"labels": [[1, 2, 3, 4]] * 2}, "`labels` must be a tensor of integers, but got list"),
+        ({"labels": torch.ones(2, 4)}, "`labels` must be a tensor of integers, but got torch.float"),
+        ({"labels": torch.ones(4, 2, dtype=torch.long)}, r"`labels` must have shape \(2, 4\).*but got \(4, 2\)"),
+        ({"labels": torch.full((2, 4), 61)}, r"`labels` must be in \[0, 60\], or -100, but got 61"),
+        ({"labels": torch.full((2, 4), -1)}, r"`labels` must be in \[0, 60\], or -100, but got -1"),
+        ({"labels": torch.ones(2, 4).long(), "logits_to_keep": 3}, r"`labels` must have shape \(2, 3\)"),
+        ({"labels": torch.ones(2, 4).long(), "logits_to_keep": torch.tensor([1])}, "`labels` must be None where"),
+        (
+            {"labels": torch.ones(2, 4).long(), "shift_labels": torch.ones(2, 3).long()},
+            "`shift_labels` must have shape",
+        ),
+        ({"input_ids": torch.ones(2, 4)}, "`input_ids` must be a tensor of integers, but got torch.float"),
+        ({"input_ids": [[1, 2, 3, 4]] * 2}, "`input_ids` must be a tensor of integers, but got list"),
+        ({"input_ids": None, "inputs_embeds": torch.ones(2, 4, 15)}, "`inputs_embeds` must be 16 wide, but got shape"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.ones(2, 4, 16).long()},
+            "`inputs_embeds` must be a tensor of float",
+        ),
+        ({"is_causal": False}, "`is_causal` must be True, but got False"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_answered_is_refused_before_the_cache_is_written_to(options, bad, message):
+    model, text = small_model(**options), random_ids(2, 9)
+    cache = filled(model, text[:, :5])
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(**{"input_ids": text[:, 5:], "past_key_values": cache, **bad})
+    check_whole(cache, 5)
+    with torch.no_grad():
+        logits = model(text[:, 5:], past_key_values=cache).logits
+        assert (logits - model(text, use_cache=False).logits[:, 5:]).abs().max() < 1e-9
+
+
+def test_labels_go_with_the_logits_that_are_kept():
+    """As the library's models have it; another label without a loss, and labels that are shifted already."""
+    model, text = small_model(), random_ids(2, 9)
+    logits = model(text).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, 5:-1].flatten(0, 1), text[:, 6:].flatten())
+    assert (model(text, labels=text[:, 5:], logits_to_keep=4).loss - loss).abs() < 1e-6
+    ignored = text.index_fill(1, torch.arange(6), -7)
+    assert (model(text, labels=ignored, ignore_index=-7).loss - loss).abs() < 1e-6
+    shifted = torch.cat([torch.full((2, 5), -100), text[:, 6:], torch.full((2, 1), -100)], dim=1)
+    assert (model(text, labels=text, shift_labels=shifted).loss - loss).abs() < 1e-6
+
+
+def test_a_model_that_was_told_not_to_be_causal_refuses():
+    with pytest.raises(ValueError, match="`is_causal` must be True, but got False"):
+        small_model(is_causal=False)(random_ids(1, 9))
+    model = small_model()
+    model.set_attn_implementation("paged|eager")
+    with pytest.raises(
+        ValueError, match="`attn_implementation` must be sdpa, eager or flex_attention, but got 'paged"
+    ):
+        model(random_ids(1, 9))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"chunk_sizes": [8, 3, 1]}, {"chunk_offsets": [0, 0, 0]}, {"causal_shifts": [9, 9, 9]}], ids=str
+)
+def test_a_schedule_that_was_changed_under_its_model_is_refused(changed, tmp_path):
+    """It would have no effect, and the model would be another one once it is saved and loaded."""
+    ((name, value),) = changed.items()
+    for model in (small_model(**LOOP), SpiralFormerForSequenceClassification(small_config(**LOOP))):
+        before = getattr(model.config, name)
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match="`chunk_sizes`, `chunk_offsets` and `causal_shifts` must stay"):
+            model(random_ids(1, 9))
+        with pytest.raises(ValueError, match="`chunk_sizes`, `chunk_offsets` and `causal_shifts` must stay"):
+            model.save_pretrained(tmp_path)
+        setattr(model.config, name, before)
+        model(random_ids(1, 9))
+    model = small_model(**LOOP)
+    model.config.chunk_sizes[0] = 4  # in place
+    with pytest.raises(ValueError, match="`chunk_sizes`"):
+        model(random_ids(1, 9))
 
 
 # -- recording ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [-1, 2, [0, 3]], ids=str)
+def test_numbers_of_states_are_refused_where_a_call_may_not_run_them(chosen):
+    """Idle iterations have no state: the number would name another one in each step."""
+    model, text = small_model(**LOOP), random_ids(1, 9)
+    cache = filled(model, text[:, :6])
+    with pytest.raises(ValueError, match="`output_hidden_states` must be True or False with a cache, but got"):
+        model(text[:, 6:7], past_key_values=cache, output_hidden_states=chosen)
+    check_whole(cache, 6)
+    if CHECKPOINTED_LAYERS_KEEP_CACHE:  # a release that knows numbers
+        every = model(text, use_cache=False, output_hidden_states=True).hidden_states
+        some = model(text, use_cache=False, output_hidden_states=chosen).hidden_states
+        for index in [chosen] if isinstance(chosen, int) else chosen:
+            assert torch.equal(some[index], every[index])
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,9 @@ def test_generate_builds_the_cache_itself(options):
     cache = outputs.past_key_values
     assert type(cache) is DynamicCache and len(cache.layers) == model.config.num_hidden_layers
     assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_prefill_in_chunks_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match=f"`prefill_chunk_size` must be >= 1, but got {size}"):
+        small_model().generate(random_ids(1, 9), prefill_chunk_size=size, max_new_tokens=2)

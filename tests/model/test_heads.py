@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.utils import constants
-from support import large_weights, random_ids, small_config
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, pipeline
+from support import large_weights, pad_rows, random_ids, small_config
+from transformers import AutoTokenizer, DynamicCache, Trainer, TrainerCallback, TrainingArguments, pipeline
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
@@ -249,3 +249,41 @@ def test_label_smoothing_with_a_learned_prompt_ends_in_an_error(tmp_path):
     model = get_peft_model(make_head(SpiralFormerForCausalLM), prompt)
     with pytest.raises(RuntimeError, match="size"):
         smoothed_loss(model, tmp_path, {"input_ids": TOKENS, "labels": TOKENS})
+
+
+# -- which token is the last --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("ids_of_padding", [0, 7], ids=["pad id", "another"])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_mask_says_where_a_row_ends(side, ids_of_padding, embedded):
+    model = make_head(SpiralFormerForSequenceClassification).eval()
+    rows = [
+        TOKENS[0, :5],
+        TOKENS[1, :9],
+        TOKENS[2, :12].index_fill(0, torch.tensor([5, 11]), 0),
+    ]  # pad ids that are text
+    with torch.no_grad():
+        alone = [model(row[None], attention_mask=torch.ones(1, len(row))).logits for row in rows]
+        ids, mask = pad_rows(rows, side)
+        ids = ids.masked_fill(mask == 0, ids_of_padding)
+        given = {"inputs_embeds": model.model.embed_tokens(ids)} if embedded else {"input_ids": ids}
+        assert (model(**given, attention_mask=mask).logits - torch.cat(alone)).abs().max() < 1e-9
+
+
+def test_a_text_that_goes_on_is_read_at_its_newest_token():
+    model = make_head(SpiralFormerForSequenceClassification).eval()
+    ids, mask = pad_rows([TOKENS[0, :5], TOKENS[1, :12]], "left")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+        logits = model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits
+        assert (logits - model(ids, attention_mask=mask).logits).abs().max() < 1e-9
+
+
+def test_rows_that_nothing_tells_the_end_of_are_refused():
+    model = make_head(SpiralFormerForSequenceClassification, pad_token_id=None).eval()
+    with pytest.raises(ValueError, match="`attention_mask` must be given with 2 rows where `pad_token_id` is None"):
+        model(TOKENS[:2])
+    assert torch.equal(model(TOKENS[:1]).logits, model(TOKENS[:1], attention_mask=torch.ones(1, LENGTH)).logits)
