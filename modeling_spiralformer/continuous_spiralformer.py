@@ -171,9 +171,11 @@ NOT_LOOKED_AT: dict[str, tuple] = {
     "max_time": (None,),
     "use_cache": (None, True),
     "cache_implementation": (None, "paged"),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
 }
-RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-NOT_LOOKED_AT |= dict.fromkeys(RECORDED, (None, False))
 
 
 def check_length(generation: GenerationConfig, max_new_tokens: int | None) -> None:

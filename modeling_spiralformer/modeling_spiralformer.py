@@ -907,15 +907,8 @@ class SpiralFormerForSequenceClassification(
         """
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
-        body = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, **kwargs)
         logits = self.score(body.last_hidden_state)
         last = last_tokens(attention_mask, input_ids, past, tokens, self.config.pad_token_id)
         outputs = SequenceClassifierOutputWithPast(
