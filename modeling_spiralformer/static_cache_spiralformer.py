@@ -316,8 +316,9 @@ class SpiralFormerStaticTokenLayer(UncroppableLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """As the library does; keys of another dtype, those of autocast, are kept in that of the first ones."""
-        if self.is_initialized:
-            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
 
