@@ -166,10 +166,10 @@ def prepare_batching(
     return batching
 
 
-# Fields of a generation configuration that the library would not look at, and what they may be.
+# Fields of a generation configuration that the library would not look at, and what they may be. `use_cache` is none of
+# them: the library's server sets it to False.
 NOT_LOOKED_AT: dict[str, tuple] = {
     "max_time": (None,),
-    "use_cache": (None, True),
     "cache_implementation": (None, "paged"),
     "output_scores": (None, False),
     "output_logits": (None, False),

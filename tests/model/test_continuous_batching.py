@@ -358,7 +358,6 @@ def test_other_models_keep_their_blocks_meanwhile():
             "at scores alone, but got Min",
         ),
         ({}, {"max_time": 1.0}, "`max_time` must be None in"),
-        ({}, {"use_cache": False}, "`use_cache` must be None or True in continuous batching, but got False"),
         ({}, {"cache_implementation": "static"}, "`cache_implementation` must be None or 'paged' in"),
         ({}, {"output_scores": True}, "`output_scores` must be None or False in"),
         ({}, {"output_hidden_states": True}, "`output_hidden_states` must be None or False in"),
