@@ -18,6 +18,7 @@ What is wrong is refused before the body runs: it would have written its tokens 
 Shape letters: B batch, S new tokens, K positions that are kept, D hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +32,7 @@ def new_tokens(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
     name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
-    kind, dims = ("floating point numbers", 3) if input_ids is None else ("integers", 2)
-    if not isinstance(given, torch.Tensor) or given.is_floating_point() != (input_ids is None):
-        got = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
-        raise ValueError(f"`{name}` must be a tensor of {kind}, but got {got}.")
+    given, dims = _numbers(name, given, floating=input_ids is None), 3 if input_ids is None else 2
     shape = tuple(given.shape)
     if len(shape) != dims or 0 in shape[:2]:
         raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
@@ -86,9 +84,7 @@ def check_labels(
         )
     kept = tokens[1] if logits_to_keep == 0 else min(logits_to_keep, tokens[1])
     name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
-    if not isinstance(given, torch.Tensor) or given.is_floating_point():
-        got = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
-        raise ValueError(f"`{name}` must be a tensor of integers, but got {got}.")
+    given = _numbers(name, given, floating=False)
     if tuple(given.shape) != (tokens[0], kept):
         raise ValueError(
             f"`{name}` must have shape {(tokens[0], kept)}, one for each logit, but got {tuple(given.shape)}."
@@ -98,6 +94,15 @@ def check_labels(
     wrong = given[(given != ignored) & ((given < 0) | (given >= vocab_size))]
     if wrong.numel():
         raise ValueError(f"`{name}` must be in [0, {vocab_size - 1}], or {ignored}, but got {int(wrong[0])}.")
+
+
+def _numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
+    """What is given, where it is a tensor of such numbers. Raises `ValueError` for anything else."""
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() != floating:
+        kind = "floating point numbers" if floating else "integers"
+        got = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"`{name}` must be a tensor of {kind}, but got {got}.")
+    return given
 
 
 def _is_readable(values: torch.Tensor) -> bool:
@@ -128,7 +133,7 @@ def last_tokens(
     attention_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
     past: int,
-    tokens: tuple[int, int],
+    tokens: Sequence[int],
     pad_token_id: int | None,
 ) -> torch.Tensor | int:
     """The position `(B,)` of each row's last token among S new ones; -1 where that is the last position.
@@ -136,6 +141,7 @@ def last_tokens(
     Args:
         attention_mask: `(B, past + S)`, or as long as a static cache. Without it ids of padding are left out, as the
             library does.
+        tokens: (B, S).
 
     Raises:
         `ValueError`: for several rows without a mask and without an id of padding.

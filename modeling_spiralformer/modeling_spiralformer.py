@@ -516,7 +516,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
 
     def _check_call(self, given: dict[str, Any]) -> None:
         """Refuses what layers would follow and levels would not, and another schedule than the model was made with."""
-        if given.get("is_causal") is False or getattr(self.config, "is_causal", None) is False:
+        if given.get("is_causal") is False:  # `merge_with_config_defaults` puts that of the configuration there
             raise ValueError(
                 "`is_causal` must be True, but got False: a latent that has seen later tokens would give them away."
             )
@@ -905,12 +905,11 @@ class SpiralFormerForSequenceClassification(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
-        past = 0 if cache is None else int(cache.get_seq_length())
-        tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, **kwargs)
         logits = self.score(body.last_hidden_state)
-        last = last_tokens(attention_mask, input_ids, past, tokens, self.config.pad_token_id)
+        past = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]
+        last = last_tokens(attention_mask, input_ids, past, logits.shape[:2], self.config.pad_token_id)
         outputs = SequenceClassifierOutputWithPast(
             logits=logits[torch.arange(logits.shape[0], device=logits.device), last],
             **{CACHE_NAME: getattr(body, CACHE_NAME)},

@@ -1,6 +1,5 @@
 """Training in bfloat16 beside float32: one model from the same starts, on the same molecules in the same order."""
 
-import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
+from workshop.experiments.store import append_line, drop_torn_line, read_lines
 from workshop.files import ROOT, check_folder
 from workshop.molecules.training import MoleculeDataArguments, MoleculeModelArguments, make_trainer
 from workshop.settings import LARGEST_SEED, check_counts
@@ -96,18 +96,16 @@ def train(trainer: Trainer) -> dict:
 def compare(arguments: TrainingDtypesArguments) -> dict[str, list[dict]]:
     """Kind -> a result of each seed. What another call with these settings has finished is read from its lines."""
     path = Path(arguments.output_dir) / LINES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    drop_torn_line(path)
+    lines = read_lines(path)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("seeds", "output_dir")}
     found: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for seed, kind in product(arguments.seeds, KINDS):
         named = {"settings": settings, "kind": kind, "seed": seed}
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         known = [line["result"] for line in lines if {name: line[name] for name in named} == named]
         if not known:
             known = [train(prepare(arguments, kind, seed))]
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**named, "result": known[0]}) + "\n")
+            append_line(path, {**named, "result": known[0]})
         found[kind].append(known[0])
     return found
 

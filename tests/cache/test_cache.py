@@ -390,13 +390,17 @@ def test_states_of_another_dtype_are_refused(static):
         assert (torch.cat(logits, dim=1) - model(ids, use_cache=False).logits).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("under", [[True] * 4, [False, True, True, True]], ids=["whole", "later"])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_cache_under_autocast(static):
+def test_a_cache_under_autocast(static, under):
     model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
     cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 5], dim=1)], dim=1)
-        assert (logits - model(ids, use_cache=False).logits).abs().max() < 0.03
+    with torch.no_grad():
+        logits = []
+        for part, enabled in zip(ids.split([4, 5, 1, 5], dim=1), under, strict=True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                logits.append(model(part, past_key_values=cache).logits)
+        assert (torch.cat(logits, dim=1) - model(ids, use_cache=False).logits).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -119,12 +119,13 @@ def counting(graphs: list):
 
 
 def compiled_generate(
-    model, ids, mask, fullgraph=True, dynamic=None, times=1, **how
+    model, ids, mask, fullgraph=True, dynamic=None, times=1, compiling=None, **how
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """generate() as on an accelerator, where it compiles by itself: tokens, logits and the number of graphs."""
     torch._dynamo.reset()
     graphs = []
-    compiling = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend=counting(graphs), mode=None)
+    if compiling is None:
+        compiling = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend=counting(graphs), mode=None)
     compiling._compile_all_devices = True
     options = {**SEARCH, **how, "cache_implementation": "static", "compile_config": compiling}
     for _ in range(times):
@@ -231,6 +232,7 @@ def test_a_hook_that_comes_after_compiled_steps_counts(place):
 def test_a_copy_of_a_model_that_was_compiled_runs_on_its_own_weights(how, duplicate):
     model = small_model(chunk_sizes=[2], **FEW_LAYERS)
     ids, mask = random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    how = how | {"compiling": CompileConfig(fullgraph=True, backend="eager", mode=None)}  # equal ones compile once
     compiled_generate(model, ids, mask, **how)
     other = duplicate(model)
     with torch.no_grad():

@@ -333,8 +333,9 @@ def test_early_exit_is_refused_by_name(options):
 @schedule
 @pytest.mark.parametrize("cache", [((torch.zeros(1, 2, 3, 8),) * 2,) * 2, [], "dynamic"], ids=["tuple", "list", "str"])
 def test_what_is_no_cache_is_refused(options, cache):
-    with pytest.raises(ValueError, match=f"`past_key_values`.*must be a `Cache`, but got {type(cache).__name__}"):
-        small_model(**options)(random_ids(1, 9), past_key_values=cache)
+    for model in (small_model(**options), SpiralFormerForSequenceClassification(small_config(**options))):
+        with pytest.raises(ValueError, match=f"`past_key_values`.*must be a `Cache`, but got {type(cache).__name__}"):
+            model(random_ids(1, 9), past_key_values=cache)
 
 
 # -- logits that are asked for ---------------------------------------------------------------------------------------

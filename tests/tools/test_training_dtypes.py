@@ -45,27 +45,15 @@ def test_a_stopped_comparison_goes_on_with_the_runs_that_are_missing(files, tmp_
     whole = compare(arguments)
     lines = (tmp_path / LINES).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6 and whole["mixed"][1] != whole["mixed"][0]
-    (tmp_path / LINES).write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    (tmp_path / LINES).write_text("\n".join(lines[:4]) + "\n" + lines[4][:50], encoding="utf-8")
     trained = []
     monkeypatch.setattr("workshop.training_dtypes.train", lambda trainer: trained.append(trainer) or train(trainer))
     assert compare(arguments) == whole and len(trained) == 2
     assert compare(TrainingDtypesArguments(**files, output_dir=str(tmp_path), **{**OPTIONS, "max_steps": 3})) != whole
     assert len(trained) == 8  # other settings, other runs
-    words = [word for name in ("train_file", "validation_file") for word in (f"--{name}", files[name])]
-    words += [
-        "--max_steps",
-        "6",
-        "--parts",
-        "3",
-        "--batch_size",
-        "4",
-        "--seeds",
-        "0",
-        "1",
-        "--config_overrides",
-        SMALL,
-    ]
-    assert compare_training_dtypes.main([*words, "--output_dir", str(tmp_path)]) == json.loads(json.dumps(whole))
+    given = {**files, **OPTIONS, "output_dir": tmp_path}
+    words = [f"--{name}={value}" for name, value in given.items() if name != "seeds"] + ["--seeds", "0", "1"]
+    assert compare_training_dtypes.main(words) == json.loads(json.dumps(whole))
     assert capsys.readouterr().out.strip().endswith(format_table(whole)) and len(trained) == 8
 
 
