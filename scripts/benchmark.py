@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --output runs/benchmark.json --plot runs/benchmark.png
     python scripts/benchmark.py --results runs/benchmark.json --plot runs/benchmark.png
-    python scripts/benchmark.py --only_compiled --threads 1 --output runs/compiled.json --plot runs/compiled.png
+    python scripts/benchmark.py --only compiled_decoding --threads 1 --output runs/compiled.json
     python scripts/benchmark.py --layer_family llama --output runs/llama.json --plot runs/llama.png
 
 `--full` is for an accelerator: widths 768 and 1024, bfloat16, 4096 tokens, 32 rows.
@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_spiralformer.layers_spiralformer import FAMILIES
-from workshop.benchmarks.measuring import compiled_alone, full_grids, measure, small_grids, with_compiled, with_counts
+from workshop.benchmarks.measuring import ALONE, full_grids, measure, small_grids, with_compiled, with_counts
 from workshop.benchmarks.results import draw, report
 from workshop.files import PICTURES, check_file, read_text, write_json
 from workshop.settings import check_counts, check_left_out
@@ -34,8 +34,8 @@ class BenchmarkArguments:
     compiled: bool = field(
         default=False, metadata={"help": "Compiled decoding and training too: minutes of compiling."}
     )
-    only_compiled: bool = field(
-        default=False, metadata={"help": "Compiled decoding at the smaller width, and nothing else."}
+    only: str | None = field(
+        default=None, metadata={"help": "This one thing, and nothing else. Default: all but it.", "choices": [*ALONE]}
     )
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
@@ -51,8 +51,10 @@ class BenchmarkArguments:
         check_file("plot", self.plot, PICTURES)
         if self.results is None:
             check_file("output", self.output)
-            if self.compiled and self.only_compiled:
-                raise ValueError("`compiled` must be left out with `only_compiled`, but got True: it adds nothing.")
+            if self.only not in (None, *ALONE):
+                raise ValueError(f"`only` must be one of {', '.join(ALONE)}, but got {self.only!r}.")
+            if self.compiled and self.only:
+                raise ValueError("`compiled` must be left out with `only`, but got True: it adds nothing.")
             if self.full and self.device == "cpu":
                 raise ValueError("`device` must be an accelerator with `full`, but got 'cpu': that would take days.")
             return
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.results is None:
         grids = (full_grids if arguments.full else small_grids)(arguments.layer_family)
         grids = with_compiled(grids) if arguments.compiled else grids
-        grids = compiled_alone(grids) if arguments.only_compiled else grids
+        grids = ALONE[arguments.only](grids) if arguments.only else grids
         how = (torch.device(arguments.device), arguments.repeats, arguments.threads)
         results = with_counts(measure(grids, *how, save=partial(write_json, arguments.output)))
         write_json(arguments.output, results)

@@ -14,9 +14,9 @@ import benchmark
 from benchmark import BenchmarkArguments
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 from workshop.benchmarks.measuring import (
+    ALONE,
     DecodeSetting,
     Grid,
-    compiled_alone,
     floored_of,
     full_grids,
     measure,
@@ -278,9 +278,14 @@ def test_what_is_compiled_is_measured_where_it_is_asked_for(grids):
         assert not any(setting.compiled for setting in plain.decode) and not plain.compiled_training_lengths
         assert longer.compiled_training_lengths == plain.training_lengths[:1]
         assert {*floored_of("llama")} <= {*longer.contenders}
-    (alone,) = compiled_alone(grids("llama"))
-    assert not alone.timed and not alone.compiled_training_lengths
-    assert alone.decode and all(setting.compiled for setting in alone.decode)
+    first, *wider = ALONE["compiled_decoding"](grids("llama"))
+    for alone, batches in ((first, [1, 8, 8]), *((grid, [1]) for grid in wider)):
+        assert not alone.timed and not alone.compiled_training_lengths
+        assert [setting.batch for setting in alone.decode] == batches
+        assert all(setting.compiled for setting in alone.decode)
+    (alone,) = ALONE["compiled_training"](grids("llama"))
+    assert not alone.decode and not alone.prefill_lengths
+    assert alone.training_lengths == alone.compiled_training_lengths == grids("llama")[0].training_lengths[:1]
 
 
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"threads": 0}])
@@ -289,7 +294,10 @@ def test_impossible_settings_are_refused(options):
         BenchmarkArguments(**options)
 
 
-@pytest.mark.parametrize("options", [{"repeats": 3}, {"device": "cuda"}, {"full": True}, {"output": "other.json"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"repeats": 3}, {"device": "cuda"}, {"full": True}, {"only": "compiled_training"}, {"output": "other.json"}],
+)
 def test_what_nothing_is_measured_with_is_refused_beside_results(options, tmp_path):
     plot = str(tmp_path / "picture.png")
     assert BenchmarkArguments(results="samples.json", plot=plot).results == "samples.json"
@@ -297,9 +305,11 @@ def test_what_nothing_is_measured_with_is_refused_beside_results(options, tmp_pa
         BenchmarkArguments(results="samples.json", plot=plot, **options)
 
 
-def test_compiled_decoding_is_asked_for_in_one_way():
-    with pytest.raises(ValueError, match="`compiled` must be left out with `only_compiled`, but got True"):
-        BenchmarkArguments(compiled=True, only_compiled=True)
+def test_one_thing_alone_is_asked_for_in_one_way():
+    with pytest.raises(ValueError, match="`compiled` must be left out with `only`, but got True"):
+        BenchmarkArguments(compiled=True, only="compiled_decoding")
+    with pytest.raises(ValueError, match="`only` must be one of compiled_decoding, .*, but got 'decode'"):
+        BenchmarkArguments(only="decode")
 
 
 def test_the_full_grid_is_refused_on_a_cpu(monkeypatch):

@@ -142,11 +142,25 @@ def with_compiled(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
     )
 
 
-def compiled_alone(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
-    """Compiled decoding of the first grid, and nothing else."""
+def compiled_decoding_alone(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """Compiled decoding, and nothing else: every kind of batch at the smaller width, one row at the wider."""
+    first, *wider = with_compiled(grids)
+
+    def alone(grid: Grid, batches: tuple[int, ...]) -> Grid:
+        decode = tuple(setting for setting in grid.decode if setting.compiled and setting.batch in batches)
+        return replace(grid, prefill_lengths=(), training_lengths=(), compiled_training_lengths=(), decode=decode)
+
+    return alone(first, (1, 8)), *(alone(grid, (1,)) for grid in wider)
+
+
+def compiled_training_alone(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """Compiled training of the smaller width beside the same steps as they stand, and nothing else."""
     grid = with_compiled(grids)[0]
-    decode = tuple(setting for setting in grid.decode if setting.compiled)
-    return (replace(grid, prefill_lengths=(), training_lengths=(), compiled_training_lengths=(), decode=decode),)
+    return (replace(grid, prefill_lengths=(), training_lengths=grid.compiled_training_lengths, decode=()),)
+
+
+# What a run may be restricted to.
+ALONE = {"compiled_decoding": compiled_decoding_alone, "compiled_training": compiled_training_alone}
 
 
 @dataclass
