@@ -201,7 +201,8 @@ class CompiledStep:
         self.model, self.whole, self.options = model, whole, options
         self.parts: dict[str, Callable] = {}
         self.cache: ref | None = None  # that of the last step
-        self.modules: tuple[nn.Module, ...] = ()  # of the model, when its steps began
+        self.hooks: list[dict] = []  # of all modules, when its steps began, and their variables
+        self.variables: list[dict[str, Any]] = []
 
     @takes_either_cache_name("cache")
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
@@ -221,6 +222,7 @@ class CompiledStep:
     def _run(self, cache: Any, states: list[StaticState], past: Past, inputs: tuple) -> torch.Tensor:
         """The parts of one step in turn."""
         body, layers = self.model.model, cache.layers
+        core_layers = [*body.core]
         runs = [state.take_turn(1) for state in states]
         iterations = list(zip(body.resolutions, states, strict=True))
         enter_part, core_part, leave_part = (self._part(function) for function in (enter, core, leave))
@@ -229,7 +231,7 @@ class CompiledStep:
         )
         for t, entries in enumerate(body.core_entries):
             if runs[t]:
-                own = [body.core[index] for index in body.core_layers[t]]
+                own = [core_layers[index] for index in body.core_layers[t]]
                 latents = core_part(body, own, layers[entries.start : entries.stop], latents, filled)
             ended = (*iterations[t], latents, filled)
             if t + 1 == len(iterations):
@@ -277,7 +279,9 @@ class CompiledStep:
         if not body.grids or not isinstance(cache, StaticCache):
             return None
         if is_new := self.cache is None or self.cache() is not cache:
-            self.modules = tuple(self.model.modules())
+            modules = [*self.model.modules()]
+            self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            self.variables = [vars(m) for m in modules]
         if self._is_watched():
             return None
         states: list[Any] = [getattr(cache.layers[entries.start], "state", None) for entries in body.core_entries]
@@ -307,7 +311,7 @@ class CompiledStep:
             return True
         if config.output_hidden_states or config.output_attentions:
             return True
-        return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in self.modules)
+        return any(self.hooks) or any("forward" in variables for variables in self.variables)
 
 
 def any_given(options: dict[str, Any]) -> bool:

@@ -173,6 +173,10 @@ class StaticState(ResolutionState):
             return None  # a graph that looked at `seen` would be of one column
         return self.seen - 1
 
+    def _fills_at(self, column: int) -> bool:
+        """Whether a chunk fills at that column, where rows agree."""
+        return column % self.grid.size == self.grid.phase(0)
+
     def _pads(self) -> torch.Tensor:
         """Left padding as a column vector `(B or 1, 1)`."""
         padding = self.rows.padding
@@ -187,6 +191,8 @@ class StaticState(ResolutionState):
         return is_filled & (latents >= self.grid.first_latent(pads))
 
     def _filled_by_one_token(self) -> FilledChunks:
+        if (column := self._known_column()) is not None:
+            return self._filled_at(column)
         pads, size = self._pads(), self.grid.size
         latent = self.column // size
         ring_columns = self.column - (self.column - torch.arange(size, device=pads.device)) % size
@@ -198,6 +204,21 @@ class StaticState(ResolutionState):
             present=(ring_columns >= pads)[:, None],
             valid=self._valid(self.column + 1),
             new=None if self.rows.padding is None else self.column % size == self.grid.phase(pads),
+        )
+
+    def _filled_at(self, column: int) -> FilledChunks:
+        """The same of a column that Python knows, where rows agree: with as few kernels as there can be."""
+        size, device = self.grid.size, self.column.device
+        latent, first_member = column // size, column + 1 - size
+        present = None
+        if first_member < 0:
+            present = (torch.arange(size, device=device) <= column).view(1, 1, size)  # of a ring that is not full yet
+        return FilledChunks(
+            first=torch.full((), latent, device=device),
+            end=self.max_latents,
+            position_ids=torch.full((1, 1), latent, device=device),
+            member_columns=first_member,
+            present=present,
         )
 
     def _filled_by(self, length: int) -> FilledChunks:
@@ -226,6 +247,10 @@ class StaticState(ResolutionState):
 
     def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
         kept, latents = self.latent_ring.shape[1], latents.to(self.latent_ring.dtype)
+        if self.tokens is None and (column := self._known_column()) is not None:
+            if self._fills_at(column):
+                self.latent_ring[:, column // self.grid.size % kept] = latents[:, 0]
+            return
         if self.tokens is None:
             copy_columns(self.latent_ring, latents, filled.first % kept, filled.new)
             return
@@ -273,6 +298,9 @@ class StaticState(ResolutionState):
 
     def filled_by_token(self) -> FilledChunks:
         """The latent that the newest token fills, and in which rows: in none of them it may be, too."""
+        if (column := self._known_column()) is not None:
+            fills = torch.full((1, 1), self._fills_at(column), device=self.column.device)
+            return replace(self._filled_at(column), new=fills)  # a compiled core is given one in every step
         pads, filled = self._pads(), self._filled_by_one_token()
         phase = self.grid.phase(pads)
         filled = replace(filled, new=self.column % self.grid.size == phase)
