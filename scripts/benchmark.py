@@ -35,7 +35,8 @@ class BenchmarkArguments:
         default=False, metadata={"help": "Compiled decoding and training too: minutes of compiling."}
     )
     only: str | None = field(
-        default=None, metadata={"help": "This one thing, and nothing else. Default: all but it.", "choices": [*ALONE]}
+        default=None,
+        metadata={"help": "This, and nothing else. Default: all that runs uncompiled.", "choices": [*ALONE]},
     )
     full: bool = field(default=False, metadata={"help": "The full grid, for an accelerator."})
     repeats: int = field(default=5, metadata={"help": "Rounds through all models; a warm-up round comes before."})
