@@ -255,7 +255,9 @@ def report(results: dict) -> str:
             parts += [title + " in the cache:", decode_table(grid, **key)]
             if setting["compiled"]:
                 parts += ["Compiling them:", compile_table(grid, **key)]
-        parts += ["Decode beside the bare matrix products:", floor_table(grid), "Counted:", memory_table(grid)]
+        if any(setting["floored"] for setting in grid.grid["decode"]):
+            parts += ["Decode beside the bare matrix products:", floor_table(grid)]
+        parts += ["Counted:", memory_table(grid)]
     return "\n\n".join(parts)
 
 
