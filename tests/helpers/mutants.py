@@ -38,10 +38,6 @@ from cosmic_ray.work_item import MutationSpec
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts")]
-
-from workshop.experiments.store import append_line, read_lines  # noqa: E402
-
 RECORD = ROOT / "docs" / "results" / "mutants.jsonl"
 READ = ROOT / "docs" / "results" / "mutants_read.json"
 PACKAGE = Path("modeling_spiralformer")
@@ -117,12 +113,12 @@ def start_worker(folder: Path) -> None:
     os.chdir(own)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": str(own / "home")}
     sys.dont_write_bytecode = True  # a fault may be of the same size and second as the one before
-    foreign = (ROOT, ROOT / "scripts", ROOT / "tests" / "helpers")
+    foreign = (ROOT, ROOT / "tests" / "helpers")
     sys.path[:] = [str(own), *(path for path in sys.path if path and Path(path) not in foreign)]
     for library in LIBRARIES:
         importlib.import_module(library)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "workshop"]:
-        del sys.modules[name]  # that of the checkout
+    if str(PACKAGE) in sys.modules:
+        raise RuntimeError(f"{PACKAGE} must be imported by the tests alone: it would be the one without faults")
 
 
 def told(tests: list[str], seconds: float) -> str | None:
@@ -181,11 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "mutants", help="Where the copies are made.")
     arguments = parser.parse_args(argv)
     os.chdir(ROOT)
+    sys.path.append(str(ROOT / "scripts"))
+    store = importlib.import_module("workshop.experiments.store")  # brings the package, which no worker may have
     if output_of("git", "status", "--porcelain", str(PACKAGE), "tests"):
         raise SystemExit("package and tests must be as they were committed: what is recorded names them")
     package = output_of("git", "rev-parse", "--short", f"HEAD:{PACKAGE}")  # faults of other code are others
     origin = {"package": package, "commit": output_of("git", "rev-parse", "--short", "HEAD")}
-    lines = {line["fault"]: line for line in read_lines(arguments.record) if line["package"] == package}
+    lines = {line["fault"]: line for line in store.read_lines(arguments.record) if line["package"] == package}
     read = json.loads(arguments.read.read_text()) if arguments.read.exists() else {}
     faults: list[MutationSpec | None] = [None, *sample(arguments.count, arguments.seed)]
     if arguments.slow:
@@ -198,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         for line in tqdm(pool.imap_unordered(partial(try_fault, slow=arguments.slow), left), "tried", len(left)):
             if line["fault"] == NONE and line["told"]:
                 raise SystemExit(f"tests must pass where there is no fault, but got {line['told']}")
-            append_line(arguments.record, line | origin)
+            store.append_line(arguments.record, line | origin)
             lines[line["fault"]] = line
     of_sample = [lines[named(fault)] for fault in faults if fault is not None]
     missed = [line for line in of_sample if line["told"] is None and line["fault"] not in read]
