@@ -163,3 +163,17 @@ def test_a_block_that_cuts_a_chunk_is_refused():
     ):
         with pytest.raises(ValueError, match="`block_size` must be a multiple of every chunk size"):
             check()
+
+
+@pytest.mark.parametrize(
+    ("grid", "counts"),
+    [
+        (ChunkGrid(1, 0, 0), (0, 0)),
+        (ChunkGrid(4, 2, 3), (3, 1)),
+        (ChunkGrid(4, 0, 4), (3, 1)),
+        (ChunkGrid(4, 0, 9), (3, 3)),
+    ],
+    ids=str,
+)
+def test_a_block_keeps_no_more_than_its_next_tokens_need(grid, counts):
+    assert kept_counts(grid) == counts

@@ -22,6 +22,11 @@ def test_defaults_are_the_160m_spiralformer_b():
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (768, 12, 3072)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     assert config.keys_to_ignore_at_inference == [CACHE_NAME]
+    assert (config.vocab_size, config.max_position_embeddings, config.initializer_range) == (50304, 4096, 0.02)
+    assert (config.num_prelude_layers, config.num_core_layers, config.num_coda_layers) == (2, 4, 2)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, None)
+    assert (config.attention_dropout, config.hidden_dropout, config.classifier_dropout) == (0.0, 0.0, 0.1)
+    assert config.scale_embeddings and config.share_core and not config.tie_word_embeddings
 
 
 def test_derived_values_follow_the_schedule_and_cannot_be_set():
