@@ -313,6 +313,16 @@ def test_masks_that_contradict_the_cache_are_refused(mask, message):
         model(random_ids(2, 2), attention_mask=torch.tensor(mask), past_key_values=cache)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_token_that_came_alone_is_not_turned_into_padding(static):
+    model, ids = small_model(dtype=torch.float32), random_ids(2, 3)
+    cache = StaticCache(config=model.config, max_cache_len=4) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match="columns of padding"):
+            model(ids[:, 1:], attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]]), past_key_values=cache)
+
+
 # -- errors in the middle of a call -------------------------------------------------------------------------------
 
 
@@ -367,6 +377,9 @@ def test_a_cache_of_another_kind_is_refused_without_a_loop():
             model(ids[:1, 6:], past_key_values=cache)
         logits = model(ids[:, 6:], past_key_values=cache).logits
         assert (logits - model(ids, use_cache=False).logits[:, 6:]).abs().max() < 1e-9
+        built_for_none = DynamicCache()
+        logits = torch.cat([model(part, past_key_values=built_for_none).logits for part in ids.split(5, dim=1)], dim=1)
+        assert (logits - model(ids, use_cache=False).logits).abs().max() < 1e-9
         for count, window in ((2, 4), (3, None)):
             other = MistralConfig(num_hidden_layers=count, sliding_window=window)
             with pytest.raises(
