@@ -213,6 +213,19 @@ def test_steps_after_recorded_states_are_compiled_whole(options):
     assert (logits - torch.stack(expected.logits)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("field", ["hidden_states", "attentions"])
+def test_a_compiled_step_has_the_states_that_the_configuration_asks_for(field):
+    model, ids = small_model(chunk_sizes=[2], **FEW_LAYERS), random_ids(2, 12)
+    model.set_attn_implementation("eager")
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    step = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
+    with torch.no_grad():
+        model(ids[:, :11], past_key_values=cache)
+        setattr(model.config, f"output_{field}", True)
+        found = step(input_ids=ids[:, 11:], past_key_values=cache, use_cache=True)[field]
+    assert found[-1].shape[0] == 2 and len(found) >= model.config.num_prelude_layers
+
+
 @pytest.mark.parametrize("place", ["lm_head", "model.core.0", "model.coda.0.mlp"])
 def test_a_hook_that_comes_after_compiled_steps_counts(place):
     model = small_model(chunk_sizes=[2], num_core_layers=1)
