@@ -10,7 +10,7 @@ from histories import History
 from support import pad_rows, random_ids, small_config, small_model
 from transformers import Cache, DynamicCache, MistralConfig, StaticCache, cache_utils
 
-from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
+from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, batch_spiralformer
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 
 # A layer that needs no further package; transformers 5.17 does not have it, and every other one needs one.
@@ -321,6 +321,17 @@ def test_a_token_that_came_alone_is_not_turned_into_padding(static):
         model(ids[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="columns of padding"):
             model(ids[:, 1:], attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_step_reads_no_mask_from_the_device_once_padding_is_final(first, monkeypatch):
+    model, ids, looked = small_model(dtype=torch.float32), random_ids(2, first + 2), []
+    look = batch_spiralformer._look_at_mask
+    monkeypatch.setattr(batch_spiralformer, "_look_at_mask", lambda *mask: looked.append(mask) or look(*mask))
+    cache = DynamicCache(config=model.config)
+    for end, part in zip((first, first + 1, first + 2), ids.split([first, 1, 1], dim=1), strict=True):
+        model(part, attention_mask=torch.ones(2, end, dtype=torch.long), past_key_values=cache)
+    assert len(looked) == 1
 
 
 # -- errors in the middle of a call -------------------------------------------------------------------------------
