@@ -7,8 +7,8 @@ import pytest
 import torch
 from cache_machine import CacheMachine
 from histories import History
-from support import pad_rows, random_ids, small_config, small_model
-from transformers import Cache, DynamicCache, MistralConfig, StaticCache, cache_utils
+from support import new_cache, pad_rows, random_ids, small_config, small_model
+from transformers import Cache, DynamicCache, MistralConfig, cache_utils
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, batch_spiralformer
 from modeling_spiralformer.layers_spiralformer import FAMILIES
@@ -87,7 +87,7 @@ def test_a_decode_step_never_waits_for_the_device(static, family):
     """On the meta device any read of a value raises: .item(), .tolist(), `if tensor`, nonzero, boolean indexing."""
     with torch.device("meta"):
         model = SpiralFormerForCausalLM(small_config(chunk_sizes=[8, 4, 2, 1], layer_family=family)).eval()
-    cache = StaticCache(config=model.config, max_cache_len=72) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 72)
     ids = torch.zeros(2, 40, dtype=torch.long, device="meta")
     with torch.no_grad():
         model(ids, past_key_values=cache)
@@ -316,7 +316,7 @@ def test_masks_that_contradict_the_cache_are_refused(mask, message):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_token_that_came_alone_is_not_turned_into_padding(static):
     model, ids = small_model(dtype=torch.float32), random_ids(2, 3)
-    cache = StaticCache(config=model.config, max_cache_len=4) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 4)
     with torch.no_grad():
         model(ids[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="columns of padding"):
@@ -360,7 +360,7 @@ FOUR_LAYERS = NO_LOOP | {"num_prelude_layers": 2, "num_coda_layers": 2}
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_that_an_error_left_half_written_is_refused(place, options, static):
     model, ids = small_model(**options), random_ids(1, 15)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
 
     def interrupt(*args):
         raise Interrupted
@@ -402,7 +402,7 @@ def test_a_cache_of_another_kind_is_refused_without_a_loop():
 @pytest.mark.parametrize("static", [False, True])
 def test_states_of_another_dtype_are_refused(static):
     model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
     with torch.no_grad():
         model(ids[:, :9], past_key_values=cache)
         model.to(torch.bfloat16)
@@ -418,7 +418,7 @@ def test_states_of_another_dtype_are_refused(static):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cache_under_autocast(static, under):
     model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
     with torch.no_grad():
         logits = []
         for part, enabled in zip(ids.split([4, 5, 1, 5], dim=1), under, strict=True):
@@ -452,7 +452,7 @@ def test_gradients_through_a_cache_of_frozen_keys(attention, family):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_refused_input_leaves_the_cache_as_it_was(static):
     model, ids = small_model(), random_ids(1, 15)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
     bad_calls = (
         {"attention_mask": torch.ones(1, 3)},
         {"attention_mask": {"full_attention": None}},

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, StaticCache
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from support import pad_rows, random_ids, small_model  # noqa: E402  this checkout's package
+from support import new_cache, pad_rows, random_ids, small_model  # noqa: E402  this checkout's package
 
 ROWS, LONGEST = 16, 256
 TOLERANCE = 1e-9
@@ -42,7 +41,7 @@ def decode_text(model, number: int, columns: int, static: bool) -> float:
     """Decodes rows to `columns` columns, greedily; how far the last logits are from an uncached forward."""
     ids, mask = pad_rows([random_ids(1, 9 + 2 * row, seed=number * ROWS + row)[0] for row in range(ROWS)], "left")
     mask = torch.nn.functional.pad(mask, (0, columns - ids.shape[1]), value=1)
-    cache = StaticCache(model.config, max_cache_len=columns) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, columns)
     text, new = [ids], ids
     length = ids.shape[1]
     while True:

@@ -28,6 +28,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from cosmic_ray.commands import init
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "docs" / "results" / "mutants.jsonl"
 READ = ROOT / "docs" / "results" / "mutants_read.json"
 PACKAGE = Path("modeling_spiralformer")
-LONGEST = {False: 1800.0, True: 5400.0}  # seconds of quick and of slow tests: a fault may end in a loop
+LONGEST = {"quick": 1800.0, "slow": 5400.0}  # seconds of such tests on one fault, which may end in a loop
 NONE = "no fault"
 # What each run of tests would import for seconds. The package is not among it, nor PEFT, which it looks for.
 LIBRARIES = ("torch._inductor.compile_fx", "transformers.trainer", "transformers.pipelines", "hypothesis")
@@ -127,13 +128,7 @@ def told(tests: list[str], seconds: float) -> str | None:
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         child = os.fork()
         if child == 0:
-            os.setsid()
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
-            code = pytest.main([*options, *(f"tests/{name}.py" for name in tests)])
-            sys.stdout.flush()
-            os._exit(code)
+            _run_tests(tests, output.fileno())
         ends = time.monotonic() + seconds
         while (state := os.waitpid(child, os.WNOHANG))[0] == 0:
             if time.monotonic() > ends:
@@ -149,21 +144,41 @@ def told(tests: list[str], seconds: float) -> str | None:
         return failed.group(1) if failed else text[-300:]
 
 
-def try_fault(fault: MutationSpec | None, slow: bool) -> dict:
+def _run_tests(tests: list[str], output: int) -> NoReturn:
+    """Ends this process with the status of the tests: it must not go on as the worker that it was forked from."""
+    status = 1
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+        status = int(pytest.main([*options, *(f"tests/{name}.py" for name in tests)]))
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
+
+
+def tests_of(module: str, kind: str) -> list[str]:
+    """Quick tests, those of the module first, or the slow ones that are not among them."""
+    first = FIRST.get(module.removesuffix("_spiralformer.py"), [])
+    if kind == "quick":
+        return [*first, *(name for name in QUICK if name not in first)]
+    return [name for name in SLOW if name not in first]
+
+
+def try_fault(fault: MutationSpec | None, kind: str) -> dict:
     """One fault, and the line that records it: `told` names the test that failed, None where none did."""
-    started = time.time()
-    line = {"fault": named(fault), "tests": "slow" if slow else "quick"}
+    started, found = time.time(), {}
     if fault is None:
-        by = told(SLOW if slow else QUICK, LONGEST[slow])
-        return line | {"told": by, "seconds": round(time.time() - started, 1)}
-    operator = get_operator(fault.operator_name)(**fault.operator_args)
-    with use_mutation(fault.module_path, operator, fault.occurrence) as (before, after):
-        first = FIRST.get(fault.module_path.name.removesuffix("_spiralformer.py"), [])
-        by = told(SLOW if slow else [*first, *(name for name in QUICK if name not in first)], LONGEST[slow])
-        diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
-        change = "\n".join(text for text in diff if re.match(r"[+-](?![+-])", text))
-    found = {"line": fault.start_pos[0], "change": change, "told": by}
-    return line | found | {"seconds": round(time.time() - started, 1)}
+        by = told(tests_of("", kind), LONGEST[kind])
+    else:
+        operator = get_operator(fault.operator_name)(**fault.operator_args)
+        with use_mutation(fault.module_path, operator, fault.occurrence) as (before, after):
+            by = told(tests_of(fault.module_path.name, kind), LONGEST[kind])
+            diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+            change = "\n".join(text for text in diff if re.match(r"[+-](?![+-])", text))
+        found = {"line": fault.start_pos[0], "change": change}
+    return {"fault": named(fault), "tests": kind, **found, "told": by, "seconds": round(time.time() - started, 1)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -186,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = {line["fault"]: line for line in store.read_lines(arguments.record) if line["package"] == package}
     read = json.loads(arguments.read.read_text()) if arguments.read.exists() else {}
     faults: list[MutationSpec | None] = [None, *sample(arguments.count, arguments.seed)]
-    if arguments.slow:
+    kind = "slow" if arguments.slow else "quick"
+    if kind == "slow":
         faults = [fault for fault in faults if named(fault) in lines]
         left = [fault for fault in faults if lines[named(fault)]["told"] is None and named(fault) not in read]
         left = [fault for fault in left if lines[named(fault)]["tests"] == "quick"]
@@ -194,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         left = [fault for fault in faults if named(fault) not in lines]
     shutil.rmtree(arguments.folder, ignore_errors=True)
     with multiprocessing.get_context("spawn").Pool(arguments.workers, start_worker, [arguments.folder]) as pool:
-        for line in tqdm(pool.imap_unordered(partial(try_fault, slow=arguments.slow), left), "tried", len(left)):
+        for line in tqdm(pool.imap_unordered(partial(try_fault, kind=kind), left), "tried", len(left)):
             if line["fault"] == NONE and line["told"]:
                 raise SystemExit(f"tests must pass where there is no fault, but got {line['told']}")
             store.append_line(arguments.record, line | origin)

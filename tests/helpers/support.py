@@ -2,6 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
@@ -82,6 +83,11 @@ def small_model(
     config._attn_implementation = implementation
     model = large_weights(SpiralFormerForCausalLM(config), seed).eval()
     return make_exact(model) if dtype == torch.float64 else model.to(dtype)
+
+
+def new_cache(model: SpiralFormerForCausalLM, static: bool, columns: int) -> Cache:
+    """A cache that holds nothing: of so many columns, or one that grows."""
+    return StaticCache(model.config, max_cache_len=columns) if static else DynamicCache(config=model.config)
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:

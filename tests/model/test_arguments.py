@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import large_weights, pad_rows, random_ids, small_config, small_model
+from support import large_weights, new_cache, pad_rows, random_ids, small_config, small_model
 from transformers import DynamicCache, StaticCache
 
 from modeling_spiralformer import SpiralFormerForSequenceClassification
@@ -49,7 +49,7 @@ def check_whole(cache, columns: int) -> None:
 )
 def test_positions_that_do_not_go_on_from_the_cache_are_refused(options, static, positions):
     model, text = small_model(**options), random_ids(2, 13)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
     with torch.no_grad():
         model(text[:, :10], past_key_values=cache)
         with pytest.raises(ValueError, match="`position_ids`"):

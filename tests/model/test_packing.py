@@ -9,9 +9,9 @@ from datasets import Dataset
 from documents import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import model_options, random_ids, small_model
+from support import model_options, new_cache, random_ids, small_model
 from test_modeling import variety
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -232,7 +232,7 @@ def test_the_row_at_fault_is_named():
 @pytest.mark.parametrize("static", [False, True])
 def test_packed_rows_with_a_cache_are_refused(static, begun):
     model, ids = small_model(), random_ids(1, 12)
-    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    cache = new_cache(model, static, 20)
     with torch.no_grad():
         if begun:
             model(ids[:, :6], past_key_values=cache)
