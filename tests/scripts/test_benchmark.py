@@ -83,7 +83,7 @@ def test_tables_and_picture_hold_every_model_and_workload(results, tmp_path, mon
     assert results["machine"]["threads"] == 1 and len(results["machine"]["load"]) == 3
 
 
-@pytest.mark.parametrize("name", ["benchmark", "benchmark_llama"])
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_llama", "compiled", "compiled_llama", "compiled_training"])
 def test_the_tables_of_the_docs_are_those_of_their_samples(name):
     committed = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert report(committed) == (ROOT / "docs" / "results" / f"{name}.md").read_text().strip()
