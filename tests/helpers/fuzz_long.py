@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -126,15 +127,19 @@ def main(argv: list[str] | None = None) -> None:
     left = (batch for batch in batches() if batch[1] not in finished)
     with (
         tqdm(total=arguments.histories, initial=total, unit=" histories") as progress,
-        multiprocessing.get_context("spawn").Pool(arguments.workers, start_worker) as pool,
+        ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), start_worker) as pool,
     ):
-        while total < arguments.histories:
-            ready = [next(left) for _ in range(arguments.workers)]
-            for line in pool.imap_unordered(play_batch, ready):
+        missing = range(arguments.workers) if total < arguments.histories else ()
+        pending = {pool.submit(play_batch, next(left)) for _ in missing}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for line in (batch.result() for batch in done):
                 append_line(arguments.record, line | {"commit": origin["commit"], "date": origin["date"]})
                 count = sum(line["histories"].values())
                 total += count
                 progress.update(count)
+                if total < arguments.histories:
+                    pending.add(pool.submit(play_batch, next(left)))
 
 
 if __name__ == "__main__":
