@@ -10,8 +10,8 @@ LATEST = .venv-latest/bin/python
 # The oldest supported transformers, as in setup.py; the newest is that of constraints.txt.
 OLDEST = 5.17.0
 
-.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-library test-min test-version test-latest \
-	fuzz fuzz-long long-run mutants damage kills table memory benchmark results results-run figures clean
+.PHONY: help quickstart molecules test test-fast test-real test-cuda test-vllm test-library test-min test-version test-torch \
+	test-latest fuzz fuzz-long long-run mutants damage kills table memory benchmark results results-run figures clean
 
 help:
 	@echo "make quickstart   train a tiny model on source code, save, reload, generate: about 3 minutes on two cores"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-library transformers' own tests of a model, on this one's families and topologies: two minutes"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
+	@echo "make test-torch   TORCH=2.14.1: tests of model, cache and commands on that torch, all else as pinned (5 GB)"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"
@@ -56,6 +57,13 @@ $(STAMP): setup.py constraints.txt
 	$(call environment,.venv-$*)
 	.venv-$*/bin/python -m pip install --quiet transformers==$* \
 		$$(grep -E '^(hypothesis|pytest|pytest-xdist)==' constraints.txt)
+	@touch $@
+
+.venv-torch-%/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet torch==$*
+	grep -v '^torch==' constraints.txt > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet -c .venv-torch-$*/constraints.txt -e ".[train,eval,dev,molecules]"
 	@touch $@
 
 quickstart: $(STAMP)
@@ -140,6 +148,12 @@ test-version:
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2 tests/cache tests/model/test_reference.py tests/model/test_generation.py \
 		tests/model/test_modeling.py tests/model/test_arguments.py tests/model/test_cache_name.py \
 		tests/model/test_families.py tests/model/test_continuous_batching.py -k "not compile"
+
+test-torch: export OMP_NUM_THREADS = 1
+test-torch:
+	@test -n "$(TORCH)" || { echo "TORCH must name a version: make test-torch TORCH=2.14.1"; exit 2; }
+	$(MAKE) .venv-torch-$(TORCH)/.installed
+	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile tests/cache tests/model tests/tools
 
 # The requirements of setup.py by name alone, so that its bounds hold no new release back.
 NAMES = import importlib.metadata as m, re; print(*(re.match(r"[\w.-]+(\[.*?\])?", r)[0] for r in m.requires("spiralformer")), sep="\n")

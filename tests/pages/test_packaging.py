@@ -70,14 +70,16 @@ def test_help_names_every_target(tmp_path):
     assert targets == set(re.findall(r"^make ([\w-]+) ", make(tmp_path, "help").stdout, re.MULTILINE))
 
 
-def test_the_tests_on_another_version_ask_which(tmp_path):
-    refused = make(tmp_path, "test-version")
-    assert refused.returncode and "TRANSFORMERS must name a version" in refused.stdout
+@pytest.mark.parametrize(("target", "name"), [("test-version", "TRANSFORMERS"), ("test-torch", "TORCH")])
+def test_the_tests_on_another_version_ask_which(target, name, tmp_path):
+    refused = make(tmp_path, target)
+    assert refused.returncode and f"{name} must name a version" in refused.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_clean_removes_every_environment_and_nothing_else(tmp_path):
-    for name in (".venv", ".venv-5.23.0", ".venv-latest", "runs", "build", "spiralformer.egg-info", "docs"):
+    environments = ".venv", ".venv-5.23.0", ".venv-torch-2.14.1", ".venv-latest"
+    for name in (*environments, "runs", "build", "spiralformer.egg-info", "docs"):
         (tmp_path / name).mkdir()
     assert make(tmp_path, "clean").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]
