@@ -50,7 +50,8 @@ from .stopping_spiralformer import StoppingRouter
 library_cache = sys.modules[PagedAttentionCache.__module__]
 TOKEN_LAYERS = "full_attention"  # the library's name of the layers that these blocks are for
 # Two names of the library's modules `cache` and `initialization` say of which class a paged cache builds its blocks.
-ALLOCATORS, GROUPS = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type"
+# Another of `cache` says how many.
+ALLOCATORS, GROUPS, MEMORY = "ATTN_TYPE_TO_ALLOCATOR", "group_layers_by_attn_type", "PagedAttentionMemoryHandler"
 # What this file and `stopping_spiralformer` read or replace of the library's classes, and no page documents.
 # tests/model/test_continuous_batching.py tells when one of them moves.
 PRIVATE = {
@@ -79,6 +80,7 @@ SCORES_ALONE = (
 TOKENIZER: ContextVar[PreTrainedTokenizerBase | None] = ContextVar("tokenizer", default=None)
 # What the library has for other models; releases before 5.23 build their cache otherwise.
 LibraryAllocator: Any = getattr(library_cache, "FullAttentionCacheAllocator", object)
+LibraryMemory: Any = getattr(library_cache, MEMORY, object)
 
 
 class SpiralFormerAllocator(LibraryAllocator):
@@ -114,6 +116,15 @@ class SpiralFormerAllocator(LibraryAllocator):
         self.parts = {
             key: part.unflatten(1, shape) for (key, shape), part in zip(self.shapes.items(), parts[:-1], strict=True)
         }
+
+
+class SpiralFormerMemory(LibraryMemory):
+    """Counts `num_blocks` in blocks as they are; the library's own count has a whole page for each cache entry."""
+
+    def __init__(self, cb_config: Any, bytes_per_sector: int, tokens_per_sector: int, bytes_per_block: int, **given):
+        sizes = {"bytes_per_sector": bytes_per_sector, "tokens_per_sector": tokens_per_sector}
+        bytes_per_block = bytes_per_sector * cb_config.page_size // tokens_per_sector
+        super().__init__(cb_config=cb_config, bytes_per_block=bytes_per_block, **sizes, **given)
 
 
 # -- building -----------------------------------------------------------------------------------------------------
@@ -222,6 +233,10 @@ def check_decoding(model: Any, generation: GenerationConfig, tokenizer: PreTrain
 def these_blocks() -> Iterator[None]:
     """Within it a paged cache for a SpiralFormer is built of the blocks above, and any other as ever."""
 
+    def make_memory(config, **given):
+        kind = SpiralFormerMemory if is_spiralformer(config) else LibraryMemory
+        return kind(config=config, **given)
+
     def make_allocator(config, **given):
         kind = SpiralFormerAllocator if is_spiralformer(config) else LibraryAllocator
         return kind(config=config, **given)
@@ -234,15 +249,17 @@ def these_blocks() -> Iterator[None]:
     with BUILDING:
         library_groups = getattr(library_cache, GROUPS)
         allocators = getattr(library_cache, ALLOCATORS) | {TOKEN_LAYERS: make_allocator}
-        ours = {ALLOCATORS: allocators, GROUPS: group_layers}
-        theirs = [(module, name, getattr(module, name)) for module in (library_cache, initialization) for name in ours]
+        modules = library_cache, initialization
+        ours = {(module, ALLOCATORS): allocators for module in modules}
+        ours |= {(module, GROUPS): group_layers for module in modules} | {(library_cache, MEMORY): make_memory}
+        theirs = {place: getattr(*place) for place in ours}
         try:
-            for module, name, _ in theirs:
-                setattr(module, name, ours[name])
+            for place, value in ours.items():
+                setattr(*place, value)
             yield
         finally:
-            for module, name, value in theirs:
-                setattr(module, name, value)
+            for place, value in theirs.items():
+                setattr(*place, value)
 
 
 def is_spiralformer(config: Any) -> bool:
@@ -294,8 +311,11 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
     def _create_batch_processor(self):
         with these_blocks():
             processor = super()._create_batch_processor()
+        cache: Any = processor.cache
+        (allocator,) = cache.cache_allocators.values()
+        cache.num_blocks = self.continuous_batching_config.num_blocks = allocator.num_blocks
         scheduler: Any = processor.scheduler
-        kind, room = type(scheduler), processor.cache.max_tokens_read
+        kind, room = type(scheduler), cache.max_tokens_read
         scheduler.add_waiting_request = partial(add_if_it_fits, kind.add_waiting_request, scheduler, room)
         scheduler.clear_cancelled_requests = partial(
             drop_cancelled, kind.clear_cancelled_requests, scheduler, self.output_router

@@ -22,6 +22,7 @@ from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
     ALLOCATORS,
     GROUPS,
+    MEMORY,
     PRIVATE,
     TOKEN_LAYERS,
     SpiralFormerAllocator,
@@ -291,15 +292,11 @@ def test_blocks_hold_what_the_formula_says():
 
 def test_the_names_that_say_how_blocks_are_built_are_there_and_are_put_back():
     modules = (library_cache, initialization)
-    before = [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)]
+    places = [(module, name) for module in modules for name in (ALLOCATORS, GROUPS)] + [(library_cache, MEMORY)]
+    before = [getattr(*place) for place in places]
     assert before[0][TOKEN_LAYERS] is library_cache.FullAttentionCacheAllocator
     check(make_model(), prompts((5, 9)), settings(), new=2)
-    assert all(
-        now is then
-        for now, then in zip(
-            [getattr(module, name) for module in modules for name in (ALLOCATORS, GROUPS)], before, strict=True
-        )
-    )
+    assert all(now is then for now, then in zip([getattr(*place) for place in places], before, strict=True))
 
 
 @pytest.mark.parametrize("owner", PRIVATE)
@@ -391,8 +388,8 @@ def test_earlier_releases_are_refused_by_name(monkeypatch):
         make_model().generate_batch([[3, 4, 5]], decoding())
 
 
-def run(model, requests: list[tuple[list[int], int | None]], batching: ContinuousBatchingConfig) -> tuple[list, int]:
-    """The results of prompts with counts of new tokens, and how many tokens the cache holds."""
+def run(model, requests: list[tuple[list[int], int | None]], batching: ContinuousBatchingConfig) -> tuple:
+    """The results of prompts with counts of new tokens, and the cache."""
     manager = model.init_continuous_batching(decoding(max_new_tokens=None), batching)
     manager.start()
     results: dict[str, object] = {}
@@ -403,17 +400,31 @@ def run(model, requests: list[tuple[list[int], int | None]], batching: Continuou
             if result := manager.get_result(timeout=1):
                 results[result.request_id] = result
         assert manager.background_thread_status.fatal_error is None
-        return [results[str(number)] for number in range(len(requests))], manager.batch_processor.cache.max_tokens_read
+        return [results[str(number)] for number in range(len(requests))], manager.batch_processor.cache
     finally:
         manager.stop(block=True)
+
+
+@models
+@pytest.mark.parametrize("page_size", [24, 240])
+def test_a_cache_has_the_blocks_that_were_asked_for(options, page_size):
+    """Where their states make them larger than a page for each cache entry, and where latents make them smaller."""
+    model, batching = make_model(**options), settings(num_blocks=5, page_size=page_size)
+    for _ in range(3):  # the library writes the count that it found into the settings
+        _, cache = run(model, [([3, 4, 5], 1)], batching)
+        (allocator,) = cache.cache_allocators.values()
+        at_once = cache.bytes_per_sector // allocator.bytes_per_block  # a sector is a multiple of 128 bytes
+        assert batching.num_blocks == cache.num_blocks == at_once * math.ceil(5 / at_once)
+        assert cache.max_tokens_read == cache.num_blocks * page_size
 
 
 def test_a_request_that_the_cache_cannot_hold_fails_alone():
     """By its prompt or by what it asks for; one that just fits, and one without a count, end where the cache ends."""
     model, small = make_model(chunk_sizes=[4, 2, 1]), {"num_blocks": 2, "allow_block_sharing": False}
     first, *others = prompts((10, 400, 30, 20, 15))
-    (_,), room = run(model, [(first, 1)], settings(**small))
-    assert 48 <= room < 200
+    (_,), cache = run(model, [(first, 1)], settings(**small))
+    room = cache.max_tokens_read
+    assert room == 48
     requests = [(first, 8), (others[0], 8), (others[1], room - 28), (others[2], room - 19), (others[3], None)]
     results, _ = run(model, requests, settings(**small))
     for number in (1, 2):

@@ -221,7 +221,7 @@ def test_a_configuration_that_was_changed_in_the_checkpoint_is_refused(text, che
         ({"gradient_accumulation_steps": "2"}, "rows_per_step 2 in place of 4"),
         # The rows of a step are the same, and each pass draws its own dropout.
         ({"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}, "rows_at_once 2 in place of 1"),
-        ({"block_size": "32"}, "training text '84 rows of 5376 tokens.* in place of '1[67][0-9] rows of 5"),
+        ({"block_size": "32"}, r"training text '\d\d rows of .* in place of '1\d\d rows of"),
         ({"schedules": "4,1"}, r"schedules None in place of \['4,1'\]"),
         ({"router_learning_rate_ratio": "0.5"}, "router_learning_rate_ratio None in place of 0.5"),
         ({"max_train_samples": "5"}, "training text .* in place of '5 rows of 320 tokens"),
