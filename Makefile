@@ -40,11 +40,11 @@ help:
 	@echo "make kills        20 runs of train.py that are killed, and go on to the numbers of one that was not"
 	@echo "make clean        remove environments and runs"
 
-# A virtual environment in folder $(1), with torch before anything else.
+# A virtual environment in folder $(1), with torch before anything else: the pinned one, or $(2).
 define environment
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 $(PYTHON) -m venv $(1)
-$(1)/bin/python -m pip install --quiet -c constraints.txt torch
+$(1)/bin/python -m pip install --quiet $(or $(2),-c constraints.txt torch)
 endef
 
 $(STAMP): setup.py constraints.txt
@@ -60,8 +60,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 .venv-torch-%/.installed: setup.py constraints.txt
-	$(PYTHON) -m venv .venv-torch-$*
-	.venv-torch-$*/bin/python -m pip install --quiet torch==$*
+	$(call environment,.venv-torch-$*,torch==$*)
 	grep -v '^torch==' constraints.txt > .venv-torch-$*/constraints.txt
 	.venv-torch-$*/bin/python -m pip install --quiet -c .venv-torch-$*/constraints.txt -e ".[train,eval,dev,molecules]"
 	@touch $@

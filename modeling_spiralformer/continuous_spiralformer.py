@@ -121,10 +121,9 @@ class SpiralFormerAllocator(LibraryAllocator):
 class SpiralFormerMemory(LibraryMemory):
     """Counts `num_blocks` in blocks as they are; the library's own count has a whole page for each cache entry."""
 
-    def __init__(self, cb_config: Any, bytes_per_sector: int, tokens_per_sector: int, bytes_per_block: int, **given):
-        sizes = {"bytes_per_sector": bytes_per_sector, "tokens_per_sector": tokens_per_sector}
-        bytes_per_block = bytes_per_sector * cb_config.page_size // tokens_per_sector
-        super().__init__(cb_config=cb_config, bytes_per_block=bytes_per_block, **sizes, **given)
+    def __init__(self, **given):
+        bytes_per_block = given["bytes_per_sector"] * given["cb_config"].page_size // given["tokens_per_sector"]
+        super().__init__(**given | {"bytes_per_block": bytes_per_block})
 
 
 # -- building -----------------------------------------------------------------------------------------------------
@@ -232,15 +231,7 @@ def check_decoding(model: Any, generation: GenerationConfig, tokenizer: PreTrain
 @contextmanager
 def these_blocks() -> Iterator[None]:
     """Within it a paged cache for a SpiralFormer is built of the blocks above, and any other as ever."""
-
-    def make_memory(config, **given):
-        kind = SpiralFormerMemory if is_spiralformer(config) else LibraryMemory
-        return kind(config=config, **given)
-
-    def make_allocator(config, **given):
-        kind = SpiralFormerAllocator if is_spiralformer(config) else LibraryAllocator
-        return kind(config=config, **given)
-
+    make_allocator = by_model(SpiralFormerAllocator, LibraryAllocator)
     make_allocator.supports_block_table = False  # type: ignore[attr-defined]  # as the class says it
 
     def group_layers(config) -> dict[str, list[int]]:
@@ -249,9 +240,9 @@ def these_blocks() -> Iterator[None]:
     with BUILDING:
         library_groups = getattr(library_cache, GROUPS)
         allocators = getattr(library_cache, ALLOCATORS) | {TOKEN_LAYERS: make_allocator}
-        modules = library_cache, initialization
-        ours = {(module, ALLOCATORS): allocators for module in modules}
-        ours |= {(module, GROUPS): group_layers for module in modules} | {(library_cache, MEMORY): make_memory}
+        ours = {(library_cache, MEMORY): by_model(SpiralFormerMemory, LibraryMemory)}
+        for module in (library_cache, initialization):
+            ours |= {(module, ALLOCATORS): allocators, (module, GROUPS): group_layers}
         theirs = {place: getattr(*place) for place in ours}
         try:
             for place, value in ours.items():
@@ -260,6 +251,15 @@ def these_blocks() -> Iterator[None]:
         finally:
             for place, value in theirs.items():
                 setattr(*place, value)
+
+
+def by_model(own: Callable, library: Callable) -> Callable:
+    """What makes an `own` for a SpiralFormer, and for any other model what the library makes."""
+
+    def make(config, **given):
+        return (own if is_spiralformer(config) else library)(config=config, **given)
+
+    return make
 
 
 def is_spiralformer(config: Any) -> bool:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -129,17 +129,16 @@ def main(argv: list[str] | None = None) -> None:
         tqdm(total=arguments.histories, initial=total, unit=" histories") as progress,
         ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), start_worker) as pool,
     ):
-        missing = range(arguments.workers) if total < arguments.histories else ()
-        pending = {pool.submit(play_batch, next(left)) for _ in missing}
-        while pending:
+        pending: set[Future] = set()
+        while pending or total < arguments.histories:
+            while total < arguments.histories and len(pending) < arguments.workers:
+                pending.add(pool.submit(play_batch, next(left)))
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for line in (batch.result() for batch in done):
                 append_line(arguments.record, line | {"commit": origin["commit"], "date": origin["date"]})
                 count = sum(line["histories"].values())
                 total += count
                 progress.update(count)
-                if total < arguments.histories:
-                    pending.add(pool.submit(play_batch, next(left)))
 
 
 if __name__ == "__main__":
