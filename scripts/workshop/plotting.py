@@ -38,9 +38,13 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:
-    """One legend below all panels."""
+    """One legend below all panels, in three columns or in as many as the figure is wide enough for."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    for columns in (3, 2, 1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def set_log_axis(axes: Axes) -> None:

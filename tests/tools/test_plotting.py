@@ -3,7 +3,7 @@
 import pytest
 
 from workshop.files import PICTURES
-from workshop.plotting import UNDATED, new_figure, plt, save
+from workshop.plotting import UNDATED, add_legend, new_figure, plt, save
 from workshop.published import PUBLISHED_MODELS, published_config
 from workshop.tables import config_schedule, format_resolution, plain_table
 
@@ -20,6 +20,20 @@ def test_a_picture_holds_no_date_and_no_version(ending, tmp_path):
         written.append((tmp_path / "new" / f"{name}{ending}").read_bytes())
     assert written[0] == written[1] or ending == ".svg"  # whose ids are drawn at random
     assert not any(word in written[0] for word in (b"Matplotlib version", b"CreationDate", b"dc:date"))
+
+
+@pytest.mark.parametrize(("width", "columns"), [(9, 3), (6, 2), (3, 1)])
+def test_a_legend_is_whole_in_a_figure_of_any_width(width, columns):
+    figure, [[axes]] = new_figure(width, 4)
+    for index in range(5):
+        axes.plot([0, 1], label=f"a model with a long name {index}")
+    add_legend(figure, axes)
+    figure.canvas.draw()
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    plt.close(figure)
 
 
 def test_columns_stand_in_line():
