@@ -15,6 +15,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from workshop.elastic import ElasticTrainer
+from workshop.training_arguments import rows_per_step
 
 ROWS_AT_ONCE = 256
 
@@ -54,12 +55,15 @@ def losses_of_rows(
 
 class LengthGroups(torch.utils.data.Sampler):
     """
-    Rows in batches of like length, as the library groups them, and the batches in random order. The library's own
+    Rows in groups of like length, as the library makes them, and the groups in random order. The library's own
     sampler draws from the global random state, which a resumed run has lost: here seed and epoch decide.
+
+    Args:
+        group_size: rows of a group. Those of a whole step make its rows the same, however they are split.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], group_size: int, seed: int):
+        self.lengths, self.group_size, self.seed, self.epoch = lengths, group_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each pass over the rows."""
@@ -71,10 +75,10 @@ class LengthGroups(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[int]:
         (state,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(state))
-        grouped = torch.tensor(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-        *batches, last = grouped.split(self.batch_size)  # the last one may be smaller
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return iter(torch.cat([batches[index] for index in order] + [last]).tolist())
+        grouped = torch.tensor(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+        *groups, last = grouped.split(self.group_size)  # the last one may be smaller
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        return iter(torch.cat([groups[index] for index in order] + [last]).tolist())
 
 
 class RowTrainer(ElasticTrainer):
@@ -85,5 +89,4 @@ class RowTrainer(ElasticTrainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups([len(ids) for ids in rows["input_ids"]], batch_size, seed)
+        return LengthGroups([len(ids) for ids in rows["input_ids"]], rows_per_step(self.args), seed)

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from modeling_spiralformer.files_spiralformer import check_digests, read_object
 from workshop.checkpoints import CHECKPOINT_FILES, load_config
-from workshop.training_arguments import SpiralTrainingArguments
+from workshop.training_arguments import SpiralTrainingArguments, rows_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, row
     record["data_seed"] = training.seed if training.data_seed is None else training.data_seed
     record["rows_at_once"] = training.train_batch_size
     record["processes"] = training.world_size
-    record["rows_per_step"] = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    record["rows_per_step"] = rows_per_step(training)
     record["training text"] = describe_rows(rows)
     record["dtype"] = str(config.dtype).removeprefix("torch.")
     record["config"] = compared_fields(config)
@@ -226,16 +226,21 @@ def draws_random_numbers(config: PreTrainedConfig, training: SpiralTrainingArgum
     return any(dropouts) or training.neftune_noise_alpha is not None or training.schedules is not None
 
 
-def check_record(checkpoint: Path, record: dict, same_split: bool) -> None:
+def check_record(checkpoint: Path, record: dict, draws: bool, rows: int) -> None:
     """
     Raises ValueError, naming each setting, where a run would go on with other numbers than it began with.
 
     Args:
         record: of the run that goes on.
-        same_split: whether the rows of a step must also be split alike over processes and passes.
+        draws: whether a step draws random numbers: its rows must then be split alike over processes and passes.
+        rows: how many are trained on. Where they fill no whole number of steps, the last step of a pass over them hangs
+            on the split too: processes fill it up with rows that they have seen, each to a batch of its own, and
+            `dataloader_drop_last` leaves whole batches of it.
     """
     # What a run was that is older than the setting.
     before = {"schedules": None, "router_learning_rate_ratio": None, "dtype": "float32", **saved_record(checkpoint)}
+    cut = record["dataloader_drop_last"] or max(record["processes"], before["processes"]) > 1
+    same_split = draws or (cut and rows % record["rows_per_step"] > 0)
     ignored = {"config", *(() if same_split else SPLIT)}
     now = {name: value for name, value in record.items() if name not in ignored}
     if found := differences(now, before):

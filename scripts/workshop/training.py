@@ -159,6 +159,11 @@ def make_trainer(
 ) -> ElasticTrainer:
     """The Trainer of the job, with model and data in place and nothing run yet."""
     check_folder("output_dir", training.output_dir, OUTPUT_FILES)
+    if training.train_sampling_strategy == "group_by_length":  # its sampler would not go on as it began, besides
+        raise ValueError(
+            "`train_sampling_strategy` must be 'random' or 'sequential', but got 'group_by_length': all blocks are "
+            "equally long."
+        )
     training.resume_from_checkpoint = choose_checkpoint(training)
     set_seed(training.seed)
     model, tokenizer = build_model(model_arguments, training)
@@ -196,7 +201,7 @@ def record_run(config: PreTrainedConfig, training: SpiralTrainingArguments, bloc
     record = RunRecord(make_record(config, training, blocks))
     if training.resume_from_checkpoint is not None:
         checkpoint = Path(training.resume_from_checkpoint)
-        check_record(checkpoint, record.record, same_split=draws_random_numbers(config, training))
+        check_record(checkpoint, record.record, draws_random_numbers(config, training), len(blocks))
         record.planned_steps = read_state(checkpoint)["max_steps"]
     return record
 

@@ -161,6 +161,11 @@ class SpiralTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
+def rows_per_step(training: TrainingArguments) -> int:
+    """Rows of an optimiser step, over all processes and parts of it."""
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
 def parse_arguments(
     argv: list[str], classes: tuple[type, ...] = (ModelArguments, DataArguments, SpiralTrainingArguments)
 ) -> tuple:

@@ -1,5 +1,6 @@
 """Training on molecules, and what is measured of what the model writes: spellings, figures, passes, and the page."""
 
+import contextlib
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_molecules
 import train_molecules
-from workshop.molecules import measures, passes, spelling
+from workshop.molecules import measures, passes, spelling, training
 from workshop.molecules.judging import canonical, share
 from workshop.molecules.measures import NO_FCD, diversity, fingerprints, frechet, measure, spread
 from workshop.molecules.passes import errors_by_pass, stopped, train_head, with_own_head
@@ -25,7 +26,7 @@ from workshop.molecules.pictures import draw_passes
 from workshop.molecules.rows import make_rows
 from workshop.molecules.spelling import spellings, write_spellings
 from workshop.molecules.tables import figures_table, passes_table
-from workshop.molecules.training import MOLECULE_ARGUMENTS
+from workshop.molecules.training import MOLECULE_ARGUMENTS, MoleculeTrainingArguments
 from workshop.tokenizers import split_smiles
 from workshop.training_arguments import parse_arguments
 
@@ -112,6 +113,27 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(more, data, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     evaluation = whole.state.log_history[-2 if "train_loss" in whole.state.log_history[-1] else -1]
     assert 0 < evaluation["eval_nats_per_token"] < math.log(68)
+
+
+def test_one_process_spells_and_the_others_find_its_file(data, tmp_path, monkeypatch):
+    """Two that wrote at once would cut each other's file off."""
+    inside, spelled_inside = [], []
+
+    @contextlib.contextmanager
+    def main_process_first(self, local=True, desc="work"):
+        inside.append(desc)
+        yield
+        inside.pop()
+
+    def write(*args, **kwargs):
+        spelled_inside.append(list(inside))
+        return write_spellings(*args, **kwargs)
+
+    monkeypatch.setattr(MoleculeTrainingArguments, "main_process_first", main_process_first)
+    monkeypatch.setattr(training, "write_spellings", write)
+    arguments = parse_arguments(flags(data, tmp_path, "--spellings", "2"), MOLECULE_ARGUMENTS)
+    training.make_trainer(*arguments)
+    assert spelled_inside == [["spelling"]]
 
 
 def test_another_spelling_is_another_run(data, tmp_path):

@@ -186,6 +186,17 @@ def test_batches_hold_molecules_of_like_length_in_an_order_of_seed_and_epoch():
     assert abs(torch.corrcoef(torch.stack([longest[1:], longest[:-1]]))[0, 1]) < 0.3  # sorted batches have 0.9
 
 
+def test_groups_hold_the_rows_of_a_whole_step_however_it_is_split(data_dir, tmp_path, monkeypatch):
+    def drawn(processes, size, parts):
+        monkeypatch.setattr(SpiralTrainingArguments, "world_size", processes)
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        trainer = small_trainer(data_dir, tmp_path, train_sampling_strategy="group_by_length", **split)
+        return list(trainer._get_train_sampler())
+
+    expected = drawn(1, 8, 1)
+    assert drawn(2, 4, 1) == drawn(1, 4, 2) == drawn(2, 2, 2) == expected != drawn(1, 4, 1)
+
+
 def small_trainer(data_dir: Path, tmp_path: Path, **training):
     config = SpiralFormerConfig(
         vocab_size=65, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_core_layers=1,

@@ -1,5 +1,6 @@
 """Resumed runs: the numbers of a run that was never stopped, or a refusal that names what would change them."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -258,6 +259,36 @@ def test_without_dropout_the_rows_of_a_step_may_be_split_otherwise(text, tmp_pat
     split = {"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}
     found = losses(resume(text, tmp_path / "whole" / "checkpoint-2", plain, **split))
     assert len(expected) == 4 and found == pytest.approx(expected, rel=1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize(
+    "rows, changed, refused",
+    [
+        (8, {"processes": 2, "rows_at_once": 1}, False),
+        (9, {"processes": 2, "rows_at_once": 1}, True),  # two processes take ten rows, and the first one twice
+        (9, {"rows_at_once": 1}, False),
+        (8, {"rows_at_once": 1, "dataloader_drop_last": True}, False),
+        (9, {"rows_at_once": 1, "dataloader_drop_last": True}, True),  # one batch of one row would be left
+    ],
+)
+@pytest.mark.parametrize("first", [False, True], ids=["then", "before"])
+def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, changed, refused, first, checkpoint):
+    """Two rows a step, in the run that goes on or in the one before; without dropout."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text("utf-8"))
+    record = state["stateful_callbacks"]["RunRecord"]["args"]["record"]
+    record["dataloader_drop_last"] = changed.get("dataloader_drop_last", False)
+    other = {**record, **changed}
+    state["stateful_callbacks"]["RunRecord"]["args"]["record"] = other if first else record
+    path.write_text(json.dumps(state), encoding="utf-8")
+    refusal = pytest.raises(ValueError, match="rows_at_once [12] in place of [12]")
+    with refusal if refused else contextlib.nullcontext():
+        resuming.check_record(checkpoint, record if first else other, draws=False, rows=rows)
+
+
+def test_blocks_are_not_grouped_by_length(text, tmp_path):
+    with pytest.raises(ValueError, match="`train_sampling_strategy` must be 'random' or 'sequential'"):
+        run(text, tmp_path, train_sampling_strategy="group_by_length")
 
 
 def test_a_run_goes_on_longer_and_never_shorter(text, checkpoint, caplog):

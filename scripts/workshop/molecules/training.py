@@ -99,7 +99,8 @@ def make_trainer(
         seed = training.seed if training.data_seed is None else training.data_seed
         known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
         folder, longest = Path(training.output_dir), block_size - 2  # bos and eos
-        path = write_spellings(trained, folder, count, seed, known, longest, quiet=training.disable_tqdm)
+        with training.main_process_first(desc="spelling"):  # the others find its file
+            path = write_spellings(trained, folder, count, seed, known, longest, quiet=training.disable_tqdm)
         trained = read_molecules("train_file", path)
         described = f"{described[:-1]}, {count} random spellings of each molecule."
     rows = make_rows(trained, tokenizer, block_size)
