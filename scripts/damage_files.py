@@ -33,6 +33,7 @@ class DamageArguments:
 
     def __post_init__(self):
         check_counts(self, "count")
+        check_counts(self, "numbers", least=0)
         check_numbers(self, seed=(0, LARGEST_SEED))
         if self.output_file is not None:
             check_file("output_file", self.output_file)

@@ -115,10 +115,13 @@ def types_of(*classes: type) -> dict[str, Any]:
 
 
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
-    """Raises ValueError where a named setting is below the least count; one that is None is not set."""
+    """Raises ValueError where a named setting, or one of a list, is below the least count; None is not set."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value < least:
+        if isinstance(value, list):
+            if not value or min(value) < least:
+                raise ValueError(f"`{name}` must be one or more integers >= {least}, but got {value}.")
+        elif value is not None and value < least:
             raise ValueError(f"`{name}` must be an integer >= {least}, but got {value}.")
 
 

@@ -143,6 +143,11 @@ def compare(arguments: ComparisonArguments, seed: int, blocks: dict[str, Dataset
     """Name -> held-out loss in nats per token before and after `max_steps`; the source is not trained further."""
     set_seed(seed)
     source = new_source(arguments, vocab_size)
+    makers = starts(source, parse_overrides(arguments.config_overrides))
+    chosen = list(makers) if arguments.starts is None else arguments.starts
+    for name in chosen:
+        if name not in makers:
+            raise ValueError(f"`starts` must be among {list(makers)}, but got {name!r}.")
     options = {"max_steps": arguments.source_steps, "learning_rate": arguments.source_learning_rate}
     trainer = make_trainer(source, arguments, blocks, seed, **options)
     trainer.train()
@@ -150,10 +155,8 @@ def compare(arguments: ComparisonArguments, seed: int, blocks: dict[str, Dataset
     losses = {"source": (loss, loss)}
     print(f"seed {seed}, source: {loss:.3f}", flush=True)
     options = {"max_steps": arguments.max_steps, "learning_rate": arguments.learning_rate}
-    makers = starts(source.eval(), parse_overrides(arguments.config_overrides))
-    for name in makers if arguments.starts is None else arguments.starts:
-        if name not in makers:
-            raise ValueError(f"`starts` must be among {list(makers)}, but got {name!r}.")
+    source.eval()
+    for name in chosen:
         set_seed(seed)
         # Another order of the blocks than the source's.
         trainer = make_trainer(makers[name](), arguments, blocks, seed + 1000, **options)

@@ -87,6 +87,12 @@ def test_compiled_steps_that_say_something_else_are_refused(monkeypatch):
         generation.time_compiled(None, random_ids(1, 3), 2, rounds=1)
 
 
+@pytest.mark.parametrize("name, value", [("context_lengths", [8, 0]), ("context_lengths", []), ("prompts", -1)])
+def test_lengths_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*integers? >= "):
+        compare_generation.GenerationArguments(["a"], "text.txt", **{name: value})
+
+
 def test_a_short_text_is_refused(checkpoints, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     arguments = compare_generation.GenerationArguments(checkpoints, str(tmp_path / "short.txt"))

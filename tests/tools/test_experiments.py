@@ -290,13 +290,19 @@ def test_all_models_can_take_the_rate_of_one():
 
 
 @pytest.mark.parametrize("share_core", [True, False])
-def test_parameters_are_matched_to_the_nearest_unit(share_core):
+@pytest.mark.parametrize(
+    "layers, of_a_layer",
+    [({}, 33), ({"layer_family": "llama"}, 48), ({"layer_family": "qwen3"}, 48)],
+    ids=["with biases", "gated", "gated, qwen3"],
+)
+def test_parameters_are_matched_to_the_nearest_unit(layers, of_a_layer, share_core):
+    """Weights in and out, of width 16, and a bias; or those of a gate too."""
     config = SpiralFormerConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=64, num_attention_heads=2, share_core=share_core
+        vocab_size=300, hidden_size=16, intermediate_size=64, num_attention_heads=2, share_core=share_core, **layers
     )
     before = count_parameters(config)[1]
     unit = parameters_per_unit(config)
-    assert unit == (2 + 4 * (1 if share_core else 4) + 2) * 33
+    assert unit == (2 + 4 * (1 if share_core else 4) + 2) * of_a_layer
     wider = match_parameters(config, before + 3 * unit + unit // 2 - 1)
     assert wider.intermediate_size == 67 and config.intermediate_size == 64
     assert count_parameters(wider)[1] == before + 3 * unit

@@ -87,7 +87,7 @@ def test_a_family_that_nobody_knows_is_refused():
         starts.ComparisonArguments(layer_family="mamba")
 
 
-def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
+def test_every_start_can_be_made_and_an_unknown_one_is_refused_before_training(monkeypatch):
     arguments = starts.ComparisonArguments(starts=["upside down"])
     source = neox_model(num_hidden_layers=8)
     options = {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 1, "chunk_sizes": [4, 1]}
@@ -103,6 +103,6 @@ def test_every_start_can_be_made_and_an_unknown_one_is_refused(tmp_path):
         assert all(abs(router.bias.max() - bias) < 0.2 for router in routers)
     assert not any(torch.equal(cores["random"].double(), layer) for layer in layers)
     blocks = {split: Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}) for split in SPLITS}
-    arguments.source_steps = 1
+    monkeypatch.setattr(starts, "make_trainer", lambda *_, **__: pytest.fail("the source is trained"))
     with pytest.raises(ValueError, match="starts.*converted.*upside down"):
         starts.compare(arguments, 0, blocks, VOCAB)

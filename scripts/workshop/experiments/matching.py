@@ -7,9 +7,10 @@ from workshop.costs import count_parameters
 
 
 def parameters_per_unit(config: SpiralFormerConfig) -> int:
-    """Parameters that one more unit of `intermediate_size` costs: in and out weights and a bias in every layer."""
-    core = config.num_core_layers * (1 if config.share_core else config.num_iterations)
-    return (config.num_prelude_layers + core + config.num_coda_layers) * (2 * config.hidden_size + 1)
+    """Parameters that one more unit of `intermediate_size` costs in all layers: those of a wider model above these."""
+    wider = copy.deepcopy(config)
+    wider.intermediate_size += 1
+    return count_parameters(wider)[1] - count_parameters(config)[1]
 
 
 def match_parameters(config: SpiralFormerConfig, target: int) -> SpiralFormerConfig:
