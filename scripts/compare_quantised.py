@@ -13,6 +13,7 @@ from workshop.experiments.quantised import quantise_all, quantised_report
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
 from workshop.files import check_folder, write_report
 from workshop.molecules.quantising import check_torchao
+from workshop.molecules.rows import read_molecules
 from workshop.settings import check_counts
 
 
@@ -35,8 +36,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     check_torchao()
     experiment, path, trained = load_trained(asked)
     folder = check_folder("output_dir", arguments.output_dir, ("quantised.json", "quantised.md"))
-    results = quantise_all(trained, experiment.references, path, arguments.molecules, arguments.group_size)
-    text = quantised_report(results, experiment.references, describe_trained(trained), arguments.molecules)
+    molecules = read_molecules("data_dir", path)[: arguments.molecules]
+    results = quantise_all(trained, experiment.references, molecules, arguments.group_size)
+    text = quantised_report(results, experiment.references, describe_trained(trained), len(molecules))
     write_report(folder, "quantised", results, text, indent=1)
     return results
 

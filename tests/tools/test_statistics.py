@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from workshop.experiments.report import resolution
 from workshop.experiments.statistics import HIGHER, LOWER, NOISE, OPPOSITE, REPRODUCES, Comparison, Mean
 
 REFERENCE = {0: 2.0, 1: 2.1, 2: 2.2}
@@ -32,6 +33,17 @@ def test_the_interval_is_that_computed_by_hand():
     half = 2.776445 * math.sqrt(72 / 900 / 4) * math.sqrt(2 / 3)
     assert comparison.half_width(3) == pytest.approx(half, abs=1e-6)
     assert comparison.interval("a") == pytest.approx((-0.2 - half, -0.2 + half), abs=1e-6)
+
+
+def test_a_report_says_what_is_resolved_in_the_unit_of_its_table():
+    """The figures of the test above: a deviation of sqrt(72 / 900 / 4) = 0.14142, and a half width of 0.32060."""
+    a, b = {0: 1.9, 1: 1.9, 2: 1.9}, {0: 2.0, 1: 2.5, 2: 2.4}
+    comparison = Comparison.of({"reference": REFERENCE, "a": a, "b": b}, "reference")
+    loss = resolution(comparison, "validation loss")
+    assert loss.startswith("On validation loss the standard deviation of a run, ") and "is 0.1414 (4 degrees" in loss
+    assert "beyond 0.3206 with 3 pairs is resolved" in loss
+    share = resolution(comparison, "validity", in_points=True)
+    assert "is 14.14 points (4 degrees" in share and "beyond 32.06 points with 3 pairs is resolved" in share
 
 
 def test_a_model_of_one_seed_has_an_interval_but_tells_nothing_about_the_spread():

@@ -1,5 +1,8 @@
 """Runs on synthetic tasks: plans read and refused, losses and accuracies, runs killed and resumed, a report."""
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
 import numpy as np
 import pytest
 import torch
@@ -146,14 +149,36 @@ def test_rows_are_described_as_texts_are_and_other_ones_refused(tmp_path):
     check_same_text(describe_text(fewer, tmp_path), [line], fewer)
 
 
+def test_a_killed_worker_takes_others_along_and_the_error_names_all(tmp_path, monkeypatch):
+    """As a pool does it: the work of every worker is lost, and none of it says which one was killed."""
+
+    class Broken(Here):
+        def submit(self, work, *arguments):
+            future = Future()
+            future.set_exception(BrokenProcessPool("ended abruptly"))
+            return future
+
+    monkeypatch.setattr(experiment_runner, "ProcessPoolExecutor", Broken)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(PLAN), encoding="utf-8")
+    words = ["--experiments", str(tmp_path / "tiny.yaml"), "--data_dir", str(tmp_path), "--workers", "3"]
+    named = [f"tiny: {run}" for run in ("plain, seed 0, rate 0.001", "plain, seed 0, rate 0.01")]
+    named.append("tiny: spiral, seed 0, rate 0.001")
+    with pytest.raises(RuntimeError) as raised:
+        run_experiments([*words, "--lines", str(tmp_path / "runs.jsonl"), "--runs_dir", str(tmp_path / "runs")])
+    assert sorted(str(raised.value).partition(" failed; ")[0].split("; ")) == named
+    assert isinstance(raised.value.__cause__, BrokenProcessPool)
+
+
 @BOTH
-def test_the_runner_sweeps_trains_and_reports(changes, tmp_path, monkeypatch):
+def test_the_runner_sweeps_trains_and_reports(changes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment_runner, "ProcessPoolExecutor", Here)
     shorter = {"sweep_budget": {"tokens": changes["budget"]["tokens"] // 4}, "seeds": [0]}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(PLAN | changes | shorter), encoding="utf-8")
     words = ["--experiments", str(path), "--data_dir", str(tmp_path), "--lines", str(tmp_path / "runs.jsonl")]
     run_experiments([*words, "--runs_dir", str(tmp_path / "runs")])
+    printed = capsys.readouterr().out
+    assert printed.count(" nats per token, ") == 6 and "bits" not in printed and "valid," not in printed
     lines = read_lines(tmp_path / "runs.jsonl")
     assert [line["steps"] for line in lines] == [2] * 4 + [8] * 2
     plan = load_experiment(path)

@@ -268,6 +268,12 @@ def test_models_are_compared_on_the_same_molecules(workshop, tmp_path, capsys):
     assert change_cell({"value": 0.01, "interval": [-0.02, 0.04]}) == "+1.01 (-1.98 to +4.08)"
 
 
+def test_a_report_counts_the_molecules_that_the_file_has(workshop, tmp_path, capsys):
+    words_ = words(workshop, "--sweep", "--models", "plain", "--molecules", "1000", "--output_dir", str(tmp_path))
+    compare_quantised.main(words_)
+    assert f"Loss on {len(MOLECULES)} validation molecules" in capsys.readouterr().out
+
+
 def test_without_torchao_nothing_starts(workshop, monkeypatch):
     monkeypatch.setattr(quantising, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "\.\[molecules\]"'):

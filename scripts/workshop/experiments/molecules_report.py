@@ -21,7 +21,6 @@ from workshop.experiments.statistics import CONFIDENCE, Mean
 from workshop.molecules.judging import SAMPLE_CLASSES
 from workshop.tables import config_schedule, markdown_table
 
-MEASURES = {"validation": "nats per token", "valid": "valid"}
 READING = (
     "Loss in nats per token on validation molecules: lower is better. Valid: the share of samples that RDKit reads: "
     "higher is better; its second column is the 95% interval (Wilson) of all samples together, which knows nothing of "
@@ -78,7 +77,10 @@ def differences(results: ExperimentResults) -> str:
     """How to read a table of differences, and the table for each reference."""
     parts = [DIFFERENCES]
     for reference in results.references:
-        resolved = [resolution(results.compare(name, reference), f"{words} text") for name, words in MEASURES.items()]
+        resolved = [
+            resolution(results.compare("validation", reference), "validation loss"),
+            resolution(results.compare("valid", reference), "validity", in_points=True),
+        ]
         parts += [f"### To `{reference}`", shares_table(results, reference, {"valid": "valid"}), " ".join(resolved)]
     return "\n\n".join(parts)
 

@@ -1,7 +1,6 @@
 """What int8 and int4 weights do to the trained models of an experiment, beside one another on the same molecules."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -9,16 +8,17 @@ from tqdm import tqdm
 from workshop.evaluation import load
 from workshop.experiments.trained import Trained
 from workshop.molecules.quantising import Weights, compare_quantised, ratio
-from workshop.molecules.rows import make_rows, read_molecules
+from workshop.molecules.rows import make_rows
 from workshop.tables import markdown_table
 
 
-def quantise_all(trained: list[Trained], references: list[str], path: Path, count: int, group_size: int) -> list[dict]:
+def quantise_all(
+    trained: list[Trained], references: list[str], molecules: list[str], group_size: int
+) -> list[dict]:
     """
-    For each model the figures of `compare_quantised` on the first `count` molecules of a file, and what each way costs
-    it more than each of the references with the same seed, paired over molecules.
+    For each model the figures of `compare_quantised` on the molecules, and what each way costs it more than each of the
+    references with the same seed, paired over molecules.
     """
-    molecules = read_molecules("data_dir", path)[:count]
     ways = [Weights(8), Weights(4), Weights(4, group_size)]
     results, gains = [], {}
     with tqdm(total=len(trained) * (1 + len(ways)), desc="quantising", unit="evaluation") as progress:

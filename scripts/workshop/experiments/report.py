@@ -226,16 +226,20 @@ def shares_table(results: ExperimentResults, reference: str, shares: dict[str, s
     return markdown_table(header, rows)
 
 
-def resolution(comparison: Comparison, measure: str) -> str:
-    """How large a difference has to be seen before it counts."""
+def resolution(comparison: Comparison, measure: str, in_points: bool = False) -> str:
+    """How large a difference has to be seen before it counts; of a share that is given `in_points`."""
     deviation = comparison.run_deviation
     if deviation is None:
         return f"On {measure} no interval can be given: that takes two pairs of runs of one model."
+
+    def size(value: float) -> str:
+        return f"{100 * value:.2f} points" if in_points else f"{value:.4f}"
+
     counts = sorted({len(found) for found in comparison.differences.values()})
-    sizes = " and ".join(f"{comparison.half_width(count):.4f} with {count}" for count in counts)
+    sizes = " and ".join(f"{size(comparison.half_width(count))} with {count}" for count in counts)
     return (
         f"On {measure} the standard deviation of a run, the means of its model and its seed taken out, is "
-        f"{deviation:.4f} ({comparison.degrees_of_freedom} degrees of freedom): a difference seen to `"
+        f"{size(deviation)} ({comparison.degrees_of_freedom} degrees of freedom): a difference seen to `"
         f"{comparison.reference}` beyond {sizes} pairs is resolved. One that is really of this size would be so in "
         "half of such experiments only."
     )

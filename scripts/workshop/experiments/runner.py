@@ -220,7 +220,10 @@ class Runner:
         self.lines.append(line)
 
     def run(self) -> None:
-        """Until nothing is left. After the first run that fails no other starts; those beside it end first."""
+        """
+        Until nothing is left. After the first run that fails no other starts, and those beside it end first. A worker
+        that is killed takes those beside it along. Raises RuntimeError that names every run that failed.
+        """
         context = multiprocessing.get_context("spawn")
         shared = context.Value("d", 0.0)
         with (
@@ -228,13 +231,13 @@ class Runner:
             ProcessPoolExecutor(self.workers, context, start_worker, (shared, self.threads)) as pool,
         ):
             active: dict[Future, Run] = {}
-            finished, failure = 0, None
+            finished, failures = 0, []
             while True:
                 ready, waiting = self.pending()
                 progress.total = (finished + sum(run.flops for run in (ready | waiting).values())) / TERA
                 progress.set_description_str(f"{len(ready) + len(waiting)} runs left")
                 running = {run.key for run in active.values()}
-                free = 0 if failure else self.workers - len(active)
+                free = 0 if failures else self.workers - len(active)
                 for run in [run for key, run in ready.items() if key not in running][:free]:
                     active[self.start(pool, run)] = run
                 if not active:
@@ -246,19 +249,19 @@ class Runner:
                 for future in ended:
                     run = active.pop(future)
                     if future.exception() is not None:
-                        failure = failure or (run, future.exception())
+                        failures.append((run, future.exception()))
                         continue
                     self.finish(run, future.result())
                     finished += run.flops
                     tqdm.write(describe(self.lines[-1]))
-        if failure:
-            run, error = failure
-            where = (
+        if failures:
+            named = "; ".join(
                 f"{run.experiment}: {run.model}, seed {run.settings['seed']}, rate {run.settings['learning_rate']:g}"
+                for run, _ in failures
             )
             raise RuntimeError(
-                f"{where} failed; started again, the runner goes on from its last checkpoint"
-            ) from error
+                f"{named} failed; started again, the runner goes on from the last checkpoint of each"
+            ) from failures[0][1]
 
 
 def describe(line: dict) -> str:
@@ -266,8 +269,8 @@ def describe(line: dict) -> str:
     found = ", ".join(
         f"{name} {'diverged' if value is None else f'{value:.4f}'}" for name, value in losses(line).items()
     )
-    unit = "bits per byte"
+    unit = "nats per token" if "nats_per_token" in line else "bits per byte"
     if "samples" in line:
-        unit = f"nats per token, {line['samples']['valid'] / line['samples']['count']:.1%} valid"
+        unit += f", {line['samples']['valid'] / line['samples']['count']:.1%} valid"
     settings = f"seed {line['seed']}, rate {line['learning_rate']:g}"
     return f"{line['experiment']}: {line['model']}, {settings}: {found} {unit}, {line['wall_seconds']:.0f} s"

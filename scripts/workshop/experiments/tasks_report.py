@@ -87,9 +87,10 @@ def differences(results: ExperimentResults) -> list[str]:
     parts = [DIFFERENCES]
     shares = {f"accuracy, {split}": f"{split}/all" for split in results.splits}
     for reference in results.references:
-        measures = {"validation": "validation loss"}
-        measures |= {f"{split}/all": f"accuracy, {split}," for split in results.splits}
-        resolved = [resolution(results.compare(name, reference), words) for name, words in measures.items()]
+        resolved = [resolution(results.compare("validation", reference), "validation loss")]
+        resolved += [
+            resolution(results.compare(share, reference), f"{name},", in_points=True) for name, share in shares.items()
+        ]
         parts += [f"### To `{reference}`", shares_table(results, reference, shares), " ".join(resolved)]
         parts += class_difference_tables(results, reference)
     return parts
