@@ -24,7 +24,7 @@ help:
 	@echo "make test-library transformers' own tests of a model, on this one's families and topologies: two minutes"
 	@echo "make test-min     tests of model, generation and cache on the oldest supported transformers"
 	@echo "make test-version TRANSFORMERS=5.23.0: the same on that version"
-	@echo "make test-torch   TORCH=2.14.1: tests of model, cache and commands on that torch, all else as pinned (5 GB)"
+	@echo "make test-torch   TORCH=2.14.1: tests of model, cache and workshop on that torch, all else as pinned (5 GB)"
 	@echo "make test-latest  tests on the newest releases that the index serves today, whatever setup.py allows"
 	@echo "make fuzz         two thousand random cache histories"
 	@echo "make fuzz-long    a hundred thousand, and requests of continuous batching; goes on where it stopped: hours"

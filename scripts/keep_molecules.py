@@ -1,7 +1,8 @@
 """Measures a finished model of molecules, and puts it with its card into a folder that the repository keeps.
 
     python scripts/keep_molecules.py --model runs/molecules --validation_file data/zinc_jtnn/valid.txt \
-        --output_dir checkpoints/mine --command "python scripts/train_molecules.py ..." --commit 0123abc
+        --output_dir checkpoints/mine --command "python scripts/train_molecules.py ..." --commit 0123abc \
+        --training_data "ZINC-250K, the training part of the junction-tree VAE's split" --license apache-2.0
 
 `docs/molecules.md` says what the folder holds.
 """
@@ -31,6 +32,8 @@ class KeepingArguments:
     output_dir: str = field(metadata={"help": "The folder that keeps it."})
     command: str = field(metadata={"help": "The command that trained it, for the card."})
     commit: str = field(metadata={"help": "The commit of the code that trained it."})
+    training_data: str = field(metadata={"help": "What it was trained on, in words, for the card."})
+    license: str | None = field(default=None, metadata={"help": "Of the model, as the Hub spells it, for the card."})
     samples: int = field(default=10000, metadata={"help": "Molecules drawn for the card, a fifth of them per pass."})
 
     def __post_init__(self):
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> dict:
     model, tokenizer = load(arguments.model, arguments.model)
     check_loop(model)
     validation = read_molecules("validation_file", arguments.validation_file)
-    run |= {"command": arguments.command, "commit": arguments.commit}
+    run |= {name: getattr(arguments, name) for name in ("training_data", "license", "command", "commit")}
     figures = run | measure(model, tokenizer, validation, arguments.samples)
     write_folder(model, tokenizer, figures, folder, arguments.output_dir)
     print((folder / "README.md").read_text(encoding="utf-8"))

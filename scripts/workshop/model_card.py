@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,6 +34,18 @@ def auto_class_of(model: PreTrainedModel) -> str:
     raise ValueError(f"`model` must be one of {allowed}, but got {type(model).__name__}.")
 
 
+def loop_in_words(config: PreTrainedConfig) -> str:
+    """What a model's schedule makes of it: a loop over chunks, a loop over all tokens, or a plain stack."""
+    if not config.chunk_sizes:
+        return f"a plain stack of {config.num_prelude_layers + config.num_coda_layers} layers"
+    core = "shared core" if config.share_core else "core, with layers of its own each time,"
+    count, sizes = config.num_iterations, [str(size) for size in config.chunk_sizes]
+    times = "once" if count == 1 else f"{count} times"
+    chunks = f"{', '.join(sizes[:-1])} and {sizes[-1]}" if count > 1 else sizes[0]
+    over = "all tokens" if set(sizes) == {"1"} else f"chunks of {chunks} tokens"
+    return f"a looped Transformer whose {core} runs {times}, over {over}"
+
+
 def make_card(
     model: PreTrainedModel,
     repo_id: str,
@@ -43,6 +55,7 @@ def make_card(
     dataset: str | None = None,
     training_data: str | None = None,
     evaluation: dict[str, float | str] | None = None,
+    evaluated_on: str = "text held out of the training data",
     settings: dict[str, object] | None = None,
     with_code: bool = True,
 ) -> ModelCard:
@@ -56,7 +69,8 @@ def make_card(
         base_model: the model on the Hub that this one was trained on from.
         dataset: the data set on the Hub that it was trained and evaluated on.
         training_data: the same in words.
-        evaluation: figures by name, of held-out text. With a `dataset` those that are finite are metadata too.
+        evaluation: figures by name. With a `dataset` those that are finite are metadata too.
+        evaluated_on: what they were measured on, in words.
         settings: settings of the training by name.
         with_code: whether the code of the model is beside the weights, or in the package alone.
     """
@@ -95,10 +109,12 @@ def make_card(
         task=task,
         auto_class=auto_class,
         config=config,
+        loop=loop_in_words(config),
         layers=config_schedule(config),
         parameters=f"{model.num_parameters():,}",
         training_data=training_data or (None if dataset is None else f"The data set `{dataset}`."),
         evaluation=evaluation,
+        evaluated_on=evaluated_on,
         settings=settings or {},
         with_code=with_code,
     )

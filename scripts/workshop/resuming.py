@@ -233,8 +233,8 @@ def check_record(checkpoint: Path, record: dict, draws: bool, rows: int) -> None
     Args:
         record: of the run that goes on.
         draws: whether a step draws random numbers: its rows must then be split alike over processes and passes.
-        rows: how many are trained on. Where they fill no whole number of steps, the last step of a pass over them hangs
-            on the split too: processes fill it up with rows that they have seen, each to a batch of its own, and
+        rows: how many are trained on. Where they fill no whole number of steps, the last step of an epoch hangs on the
+            split too: processes fill it up with rows that were read, each to a batch of its own, and
             `dataloader_drop_last` leaves whole batches of it.
     """
     # What a run was that is older than the setting.

@@ -206,6 +206,20 @@ def test_a_card_says_what_it_was_told():
         assert words in card.content, words
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"chunk_sizes": [8, 4, 1]}, "a looped Transformer whose shared core runs 3 times, over chunks of 8, 4 and 1"),
+        ({"chunk_sizes": [1, 1]}, "a looped Transformer whose shared core runs 2 times, over all tokens."),
+        ({"chunk_sizes": [4]}, "whose shared core runs once, over chunks of 4 tokens."),
+        ({"chunk_sizes": [2, 1], "share_core": False}, "whose core, with layers of its own each time, runs 2 times"),
+        ({"chunk_sizes": [], "num_core_layers": 0}, " parameters: a plain stack of 2 layers."),
+    ],
+)
+def test_a_card_says_which_loop_the_model_has(options, words):
+    assert words in make_card(small_model(**options), "a").content
+
+
 def test_a_card_of_a_head_without_figures():
     card = make_card(package.SpiralFormerForTokenClassification(small_config(chunk_sizes=[], num_core_layers=0)), "a")
     assert card.data.pipeline_tag == "token-classification" and card.data.eval_results is None

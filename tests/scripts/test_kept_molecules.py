@@ -54,6 +54,7 @@ def test_a_checkpoint_is_what_its_card_says(folder):
     errors = [f"{100 * samples[kind] / samples['count']:.1f}%" for kind in ("bracket", "ring", "valence", "other")]
     assert f" {', '.join(errors)} " in row
     assert figures["command"] in card and figures["commit"] in card and figures["training_rows"] in card
+    assert str(committed.card_of(model, figures, f"checkpoints/{folder.name}")) == card
 
 
 def test_checkpoints_are_small_and_hold_no_code():
@@ -78,6 +79,7 @@ def kept(tmp_path_factory) -> tuple[dict, Path, Path]:
     train_molecules.main([str(word) for name, value in settings.items() for word in (f"--{name}", value)])
     keeping = {"model": folder / "run", "validation_file": folder / "valid.txt", "output_dir": folder / "mine"}
     keeping |= {"command": "python scripts/train_molecules.py --seed 7", "commit": "0123abc", "samples": 30}
+    keeping |= {"training_data": "Six molecules", "license": "cc0-1.0"}
     keep_molecules.main([str(word) for name, value in keeping.items() for word in (f"--{name}", value)])
     trained = json.loads((folder / "run" / "eval_results.json").read_text())
     return trained, folder / "run", folder / "mine"
@@ -100,6 +102,9 @@ def test_what_is_kept_is_the_model_its_run_and_its_figures(kept):
     card = (mine / "README.md").read_text()
     assert "trust_remote_code" not in card and "import modeling_spiralformer" in card and "custom_code" not in card
     assert "| command | `python scripts/train_molecules.py --seed 7` |" in card and "| commit | 0123abc |" in card
+    assert f"Six molecules: {figures['training_rows']}." in card and "license: cc0-1.0" in card
+    assert "a looped Transformer whose shared core runs 2 times, over all tokens." in card
+    assert "On molecules held out of the training data, and on samples that the model drew:" in card
 
 
 def test_the_test_of_a_checkpoint_can_fail(kept, monkeypatch):
@@ -114,6 +119,7 @@ def test_the_test_of_a_checkpoint_can_fail(kept, monkeypatch):
 
 def test_a_commit_that_is_none_is_refused(kept, tmp_path):
     words = {"model": kept[1], "validation_file": "x", "output_dir": tmp_path, "command": "x", "commit": "main"}
+    words["training_data"] = "x"
     with pytest.raises(ValueError, match="`commit` must be .* got 'main'"):
         keep_molecules.main([str(word) for name, value in words.items() for word in (f"--{name}", value)])
 
@@ -121,6 +127,7 @@ def test_a_commit_that_is_none_is_refused(kept, tmp_path):
 def test_a_run_that_has_not_finished_is_refused(kept, tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     words = {"model": tmp_path, "validation_file": "x", "output_dir": kept[2], "command": "x", "commit": "0123abc"}
+    words["training_data"] = "x"
     with pytest.raises(
         ValueError, match="`model` must be the folder of a finished run, but .* lacks trainer_state.json"
     ):

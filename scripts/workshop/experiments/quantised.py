@@ -12,12 +12,10 @@ from workshop.molecules.rows import make_rows
 from workshop.tables import markdown_table
 
 
-def quantise_all(
-    trained: list[Trained], references: list[str], molecules: list[str], group_size: int
-) -> list[dict]:
+def quantise_all(trained: list[Trained], references: list[str], molecules: list[str], group_size: int) -> list[dict]:
     """
-    For each model the figures of `compare_quantised` on the molecules, and what each way costs it more than each of the
-    references with the same seed, paired over molecules.
+    For each model the figures of `compare_quantised` on the molecules, and what each way costs it more than each of
+    the references with the same seed, paired over molecules.
     """
     ways = [Weights(8), Weights(4), Weights(4, group_size)]
     results, gains = [], {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -89,6 +90,11 @@ def write_folder(
     write_json(folder / "config.json", config, indent=2)
     write_digests(folder, CHECKPOINT_FILES)
     write_json(folder / "figures.json", figures, indent=1)
+    card_of(model, figures, repo_id).save(folder / "README.md")
+
+
+def card_of(model: PreTrainedModel, figures: dict, repo_id: str) -> ModelCard:
+    """The card of a model: where it came from, and its figures."""
     validation, samples, total = figures["validation"], figures["samples"], figures["samples"]["count"]
     parts = {kind: cell(share(samples[kind], total), percent=True) for kind in SAMPLE_CLASSES}
     evaluation = {
@@ -98,13 +104,13 @@ def write_folder(
     }
     evaluation |= {f"{kind} errors": parts[kind][0] for kind in SAMPLE_CLASSES[1:]}
     settings = figures["settings"] | {"command": f"`{figures['command']}`", "commit": figures["commit"]}
-    card = make_card(
+    return make_card(
         model,
         repo_id,
-        license="apache-2.0",
-        training_data=f"ZINC-250K, the training part of the junction-tree VAE's split: {figures['training_rows']}.",
+        license=figures["license"],
+        training_data=f"{figures['training_data']}: {figures['training_rows']}.",
         evaluation=evaluation,
+        evaluated_on="molecules held out of the training data, and on samples that the model drew",
         settings=settings,
         with_code=False,
     )
-    card.save(folder / "README.md")
