@@ -46,6 +46,26 @@ def test_a_report_says_what_is_resolved_in_the_unit_of_its_table():
     assert "is 14.14 points (4 degrees" in share and "beyond 32.06 points with 3 pairs is resolved" in share
 
 
+def test_a_model_that_scatters_alone_is_named_and_left_out():
+    """The reference and a model agree but for 0.01; another one's runs are 1 apart."""
+    steady = {"reference": {0: 1.0, 1: 1.0, 2: 1.01}, "a": {0: 2.0, 1: 2.01, 2: 2.0}, "b": {0: 3.0, 1: 3.0, 2: 3.01}}
+    comparison = Comparison.of({**steady, "wild": {0: 5.0, 1: 6.0, 2: 5.0}}, "reference")
+    others = Comparison.of(steady, "reference")
+    assert comparison.scattered == "wild" and comparison.without("wild") == others
+    text = resolution(comparison, "validation loss")
+    assert "Leaving out `wild`, whose runs scatter more than all others', which was not planned, it is" in text
+    assert f" planned, it is {others.run_deviation:.4f} (4 degrees of freedom)" in text
+    assert f"beyond {others.half_width(3):.4f} with 3 pairs is resolved." in text
+    a, b = {0: 1.9, 1: 1.9, 2: 1.9}, {0: 2.0, 1: 2.5, 2: 2.4}
+    calm = Comparison.of({"reference": REFERENCE, "a": a, "b": b}, "reference")
+    assert calm.scattered is None and "Leaving out" not in resolution(calm, "validation loss")
+    wild_reference = Comparison.of(
+        {"reference": {0: 5.0, 1: 6.0, 2: 5.0}, **{n: steady[n] for n in "ab"}}, "reference"
+    )
+    assert wild_reference.scattered is None
+    assert Comparison.of({"reference": {0: 1.0}, "a": {0: 2.0}}, "reference").scattered is None
+
+
 def test_a_model_of_one_seed_has_an_interval_but_tells_nothing_about_the_spread():
     both = Comparison.of({"reference": REFERENCE, "a": {0: 1.0, 1: 1.2, 2: 1.1}}, "reference")
     more = Comparison.of({"reference": REFERENCE, "a": {0: 1.0, 1: 1.2, 2: 1.1}, "b": {1: 2.5}}, "reference")

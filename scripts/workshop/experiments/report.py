@@ -235,14 +235,24 @@ def resolution(comparison: Comparison, measure: str, in_points: bool = False) ->
     def size(value: float) -> str:
         return f"{100 * value:.2f} points" if in_points else f"{value:.4f}"
 
-    counts = sorted({len(found) for found in comparison.differences.values()})
-    sizes = " and ".join(f"{size(comparison.half_width(count))} with {count}" for count in counts)
-    return (
+    def sizes(comparison: Comparison) -> str:
+        counts = sorted({len(found) for found in comparison.differences.values()})
+        return " and ".join(f"{size(comparison.half_width(count))} with {count}" for count in counts)
+
+    text = (
         f"On {measure} the standard deviation of a run, the means of its model and its seed taken out, is "
         f"{size(deviation)} ({comparison.degrees_of_freedom} degrees of freedom): a difference seen to `"
-        f"{comparison.reference}` beyond {sizes} pairs is resolved. One that is really of this size would be so in "
-        "half of such experiments only."
+        f"{comparison.reference}` beyond {sizes(comparison)} pairs is resolved. One that is really of this size would "
+        "be so in half of such experiments only."
     )
+    if (name := comparison.scattered) is not None:
+        others = comparison.without(name)
+        text += (
+            f" Leaving out `{name}`, whose runs scatter more than all others', which was not planned, it is "
+            f"{size(others.run_deviation)} ({others.degrees_of_freedom} degrees of freedom), and of the others a "
+            f"difference beyond {sizes(others)} pairs is resolved."
+        )
+    return text
 
 
 def differences(results: ExperimentResults) -> str:

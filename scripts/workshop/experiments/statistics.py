@@ -92,6 +92,24 @@ class Comparison:
         squares, freedom = self.spread
         return math.sqrt(squares / freedom) if freedom else None
 
+    @property
+    def scattered(self) -> str | None:
+        """
+        The model whose runs scatter so much more than all others' that without it the deviation of a run is less than
+        half: one deviation for the whole table then says little of the others. The reference is never left out.
+        """
+        if not self.run_deviation:
+            return None
+        found = {name: self.without(name).run_deviation for name in self.values if name != self.reference}
+        smaller = {
+            name: value for name, value in found.items() if value is not None and 2 * value < self.run_deviation
+        }
+        return min(smaller, key=smaller.__getitem__, default=None)
+
+    def without(self, name: str) -> "Comparison":
+        """The comparison with one model left out."""
+        return Comparison(self.reference, {other: found for other, found in self.values.items() if other != name})
+
     def half_width(self, count: int) -> float | None:
         """Half of the 95% interval of a mean difference over `count` seeds: the smallest one that is resolved."""
         if self.run_deviation is None:
