@@ -122,6 +122,8 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dtype != torch.bool:
+        logits_to_keep = logits_to_keep.long()  # torch takes uint8 for a mask, and no other integers in every place
     if logits_to_keep.dim() != 2:
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

@@ -357,6 +357,9 @@ def test_logits_to_keep(cached):
         (mask, torch.cat([whole[0, 3:6], whole[1, :2]])),
         (positions, torch.stack([whole[0, [0, 4, 8, 4]], whole[1, [1, 2, 3, -1]]])),
         (positions[:, :1], torch.stack([whole[0, :1], whole[1, 1:2]])),
+        (torch.tensor([8, 7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8), whole.flip(1)),  # as long as a mask
+        (torch.tensor([7, -2], dtype=torch.int16), whole[:, [7, -2]]),
+        (positions.int(), torch.stack([whole[0, [0, 4, 8, 4]], whole[1, [1, 2, 3, -1]]])),
     ]
     for kept, expected in cases:
         cache = DynamicCache(config=model.config) if cached else None
