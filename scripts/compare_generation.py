@@ -47,7 +47,7 @@ def main(arguments: GenerationArguments) -> dict:
     first, new_tokens = arguments.models[0], arguments.new_tokens
     text = read_text("text_file", arguments.text_file)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
-    needed = max([*arguments.context_lengths, arguments.prompts * arguments.prompt_length])
+    needed = max(*arguments.context_lengths, arguments.prompts * arguments.prompt_length)
     if ids.shape[1] < needed:
         raise ValueError(f"`text_file` must hold {needed} tokens, but {arguments.text_file!r} has {ids.shape[1]}.")
     contexts = compare_contexts(models, ids, arguments.context_lengths, new_tokens, arguments.rounds)
