@@ -226,7 +226,7 @@ def draws_random_numbers(config: PreTrainedConfig, training: SpiralTrainingArgum
     return any(dropouts) or training.neftune_noise_alpha is not None or training.schedules is not None
 
 
-def check_record(checkpoint: Path, record: dict, draws: bool, rows: int) -> None:
+def check_record(checkpoint: Path, record: dict, draws: bool, rows: int, steps: int) -> None:
     """
     Raises ValueError, naming each setting, where a run would go on with other numbers than it began with.
 
@@ -236,11 +236,13 @@ def check_record(checkpoint: Path, record: dict, draws: bool, rows: int) -> None
         rows: how many are trained on. Where they fill no whole number of steps, the last step of an epoch hangs on the
             split too: processes fill it up with rows that were read, each to a batch of its own, and
             `dataloader_drop_last` leaves whole batches of it.
+        steps: of the whole run. One that ends before such a step does not hang on it.
     """
     # What a run was that is older than the setting.
     before = {"schedules": None, "router_learning_rate_ratio": None, "dtype": "float32", **saved_record(checkpoint)}
     cut = record["dataloader_drop_last"] or max(record["processes"], before["processes"]) > 1
-    same_split = draws or (cut and rows % record["rows_per_step"] > 0)
+    whole_steps, left = divmod(rows, record["rows_per_step"])
+    same_split = draws or (cut and left > 0 and steps > whole_steps)
     ignored = {"config", *(() if same_split else SPLIT)}
     now = {name: value for name, value in record.items() if name not in ignored}
     if found := differences(now, before):

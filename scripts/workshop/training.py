@@ -39,7 +39,13 @@ from workshop.resuming import (
     read_state,
     resume_checks,
 )
-from workshop.training_arguments import WEIGHT_DTYPES, DataArguments, ModelArguments, SpiralTrainingArguments
+from workshop.training_arguments import (
+    WEIGHT_DTYPES,
+    DataArguments,
+    ModelArguments,
+    SpiralTrainingArguments,
+    planned_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +207,8 @@ def record_run(config: PreTrainedConfig, training: SpiralTrainingArguments, bloc
     record = RunRecord(make_record(config, training, blocks))
     if training.resume_from_checkpoint is not None:
         checkpoint = Path(training.resume_from_checkpoint)
-        check_record(checkpoint, record.record, draws_random_numbers(config, training), len(blocks))
+        draws = draws_random_numbers(config, training)
+        check_record(checkpoint, record.record, draws, len(blocks), planned_steps(training, len(blocks)))
         record.planned_steps = read_state(checkpoint)["max_steps"]
     return record
 

@@ -166,6 +166,13 @@ def rows_per_step(training: TrainingArguments) -> int:
     return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
+def planned_steps(training: TrainingArguments, rows: int) -> int:
+    """Optimiser steps of a run over so many rows: `max_steps`, or `num_train_epochs` with what is left of each."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(training.num_train_epochs * math.ceil(rows / rows_per_step(training)))
+
+
 def parse_arguments(
     argv: list[str], classes: tuple[type, ...] = (ModelArguments, DataArguments, SpiralTrainingArguments)
 ) -> tuple:

@@ -44,5 +44,5 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
         code, printed, errors = result.returncode, result.stdout, result.stderr
-    assert code == 0, errors[-2000:]
+    assert code == 0, errors  # whole: where processes fail, the cause stands far above the end
     return printed

@@ -13,12 +13,14 @@ import pytest
 import torch
 from datasets import Dataset
 from short_runs import train_shortly, write_text
-from transformers import AutoTokenizer
+from support import small_model
+from transformers import AutoTokenizer, Trainer
 
 from modeling_spiralformer import TOKENIZER_FOLDER
 from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, read_digests
 from workshop import resuming
 from workshop.experiments.run import last_whole_checkpoint
+from workshop.training_arguments import SpiralTrainingArguments, planned_steps
 
 SMALL = "hidden_size=32,intermediate_size=64,num_attention_heads=2,num_prelude_layers=1,num_core_layers=1"
 # Dropout draws random numbers in every step; without a topology that has weights, another one would fit them.
@@ -262,17 +264,18 @@ def test_without_dropout_the_rows_of_a_step_may_be_split_otherwise(text, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "rows, changed, refused",
+    "rows, steps, changed, refused",
     [
-        (8, {"processes": 2, "rows_at_once": 1}, False),
-        (9, {"processes": 2, "rows_at_once": 1}, True),  # two processes take ten rows, and the first one twice
-        (9, {"rows_at_once": 1}, False),
-        (8, {"rows_at_once": 1, "dataloader_drop_last": True}, False),
-        (9, {"rows_at_once": 1, "dataloader_drop_last": True}, True),  # one batch of one row would be left
+        (8, 9, {"processes": 2, "rows_at_once": 1}, False),
+        (9, 5, {"processes": 2, "rows_at_once": 1}, True),  # two processes take ten rows, and the first one twice
+        (9, 4, {"processes": 2, "rows_at_once": 1}, False),  # the run ends before
+        (9, 9, {"rows_at_once": 1}, False),
+        (8, 9, {"rows_at_once": 1, "dataloader_drop_last": True}, False),
+        (9, 5, {"rows_at_once": 1, "dataloader_drop_last": True}, True),  # one batch of one row would be left
     ],
 )
 @pytest.mark.parametrize("first", [False, True], ids=["then", "before"])
-def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, changed, refused, first, checkpoint):
+def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, steps, changed, refused, first, checkpoint):
     """Two rows a step, in the run that goes on or in the one before; without dropout."""
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text("utf-8"))
@@ -283,7 +286,27 @@ def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, chang
     path.write_text(json.dumps(state), encoding="utf-8")
     refusal = pytest.raises(ValueError, match="rows_at_once [12] in place of [12]")
     with refusal if refused else contextlib.nullcontext():
-        resuming.check_record(checkpoint, record if first else other, draws=False, rows=rows)
+        resuming.check_record(checkpoint, record if first else other, draws=False, rows=rows, steps=steps)
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [({"max_steps": 7}, 7), ({"num_train_epochs": 2}, 10), ({"num_train_epochs": 0.5}, 3), ({"max_steps": 1}, 1)],
+)
+def test_the_steps_of_a_run_are_counted_as_trainer_counts_them(settings, steps, tmp_path):
+    """Nine rows, two a step."""
+    training = SpiralTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        **settings,
+    )
+    rows = [{"input_ids": [1, 2], "labels": [1, 2]}] * 9
+    trainer = Trainer(small_model(), training, train_dataset=rows)
+    trainer.train()
+    assert planned_steps(training, len(rows)) == steps == trainer.state.global_step
 
 
 def test_blocks_are_not_grouped_by_length(text, tmp_path):
