@@ -16,6 +16,7 @@
 Shape letters: B batch, S new tokens. A column is a place in the padded batch, counted from the first call on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,8 @@ from .cache_name_spiralformer import CACHE_ARGUMENT
 # Type checkers take `X | Any` for an X, and ask for no look at it.
 MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
 Columns = int | Any  # how many columns, or which one: a tensor where a compiled call does not look at it
+
+RowChange = Callable[[torch.Tensor], torch.Tensor]  # of the batch dimension: reorder, select, repeat
 
 COUNTED = "`position_ids` must count the tokens of each row, from 0 or from where the cache ends"
 # What collators of packed rows say beside `position_ids`, where the library's layers need it.
@@ -111,7 +114,7 @@ class Batch:
         token_mask: `(B, past + S)`, the mask of the token layers (of a static cache: as long as its store); None where
             every column is real.
         position_ids: `(B or 1, S)`, the place of each new token in its text: rotary positions of the token layers.
-        right_padded: whether a row ends in padding.
+        row_ends: `(B,)`, how many columns there are up to each row's last token; None where no row ends in padding.
         unchecked: whether a mask was given whose values a compiled call could not look at; None where nobody asked.
     """
 
@@ -119,7 +122,7 @@ class Batch:
     texts: PackedTexts | None
     token_mask: torch.Tensor | None
     position_ids: torch.Tensor
-    right_padded: bool = False
+    row_ends: torch.Tensor | None = None
     unchecked: bool | None = None
 
 
@@ -132,7 +135,7 @@ class Rows:
     def reset(self) -> None:
         """Forgets everything."""
         self.padding: LeftPadding | None = None
-        self.right_padded = False
+        self.row_ends: torch.Tensor | None = None  # of the last call's `Batch`
         self.mask_unchecked = False  # a compiled call took a mask whose values it could not look at
         self.unfinished = False  # a forward has begun and not ended: an error may have left any part half written
         self.every_row = False  # adapters tell the rows of the batch apart: all of them run where one does
@@ -142,10 +145,23 @@ class Rows:
         """Whether every row has had a token after so many columns: its padding is final then."""
         return columns > 0 and (self.padding is None or max(self.padding.on_host) < columns)
 
+    def has_ended(self, columns: Columns) -> bool:
+        """Whether a row ended before that column; one that a compiled call does not look at may have."""
+        if self.row_ends is None:
+            return False
+        return not isinstance(columns, int) or bool((self.row_ends < columns).any())
+
+    def change(self, change: RowChange) -> None:
+        """Applies a change of the batch dimension."""
+        if self.padding is not None:
+            self.padding = LeftPadding(change(self.padding.columns))
+        if self.row_ends is not None:
+            self.row_ends = change(self.row_ends)
+
     def begin(self, batch: Batch, every_row: bool) -> None:
         """A call begins. Nothing is refused from here on: what fails before `end` leaves the cache half written."""
         self._keep(batch.padding)
-        self.right_padded = batch.right_padded
+        self.row_ends = batch.row_ends
         self.every_row, self.unfinished = every_row, True
         if batch.unchecked is not None:
             self.mask_unchecked = batch.unchecked
@@ -212,13 +228,13 @@ def read_batch(
         `ValueError`: naming the argument, for masks with holes, of a wrong shape, or that contradict the cache, for
             positions that are not those of the tokens, and for packed rows with a cache or a mask.
     """
-    padding, token_mask, right_padded, unchecked = _read_mask(attention_mask, inputs_embeds, past)
+    padding, token_mask, row_ends, unchecked = _read_mask(attention_mask, inputs_embeds, past)
     columns = past.columns + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     counted = columns if padding is None else (columns - padding.columns[:, None]).clamp(min=0)
     texts = _read_positions(position_ids, counted, token_mask, boundaries, inputs_embeds, past)
     if texts is not None:
         return Batch(None, texts, None, texts.position_ids)
-    return Batch(padding, None, token_mask, counted, right_padded, unchecked)
+    return Batch(padding, None, token_mask, counted, row_ends, unchecked)
 
 
 # -- the mask -----------------------------------------------------------------------------------------------------
@@ -226,33 +242,33 @@ def read_batch(
 
 def _read_mask(
     attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past: Past
-) -> tuple[LeftPadding | None, torch.Tensor | None, bool, bool | None]:
-    """`padding`, `token_mask`, `right_padded` and `unchecked` of the `Batch`."""
+) -> tuple[LeftPadding | None, torch.Tensor | None, torch.Tensor | None, bool | None]:
+    """`padding`, `token_mask`, `row_ends` and `unchecked` of the `Batch`."""
     if past.rows is None and isinstance(past.columns, torch.Tensor):  # compiled steps of a plain GPT-NeoX stack
-        return None if attention_mask is None else LeftPadding.of(attention_mask), attention_mask, False, None
+        return None if attention_mask is None else LeftPadding.of(attention_mask), attention_mask, None, None
     length, padding = inputs_embeds.shape[1], past.padding
     if attention_mask is not None:
         attention_mask = check_mask_shape(attention_mask, inputs_embeds, past).to(inputs_embeds.device)
-    if past.rows is not None and past.rows.right_padded:
+    if past.rows is not None and past.rows.has_ended(past.columns):
         raise ValueError(f"{CACHE_ARGUMENT} holds right-padded rows: nothing can be appended to them. Pad left.")
     compiling = is_torchdynamo_compiling() or torch.jit.is_tracing()
     trusted = past.rows is not None and past.settled and length == 1 and (compiling or not past.rows.mask_unchecked)
     if attention_mask is None or trusted:
         columns = past.columns + length if past.room is None else past.room
-        return padding, None if padding is None else padding.real_columns(columns), False, None
+        return padding, None if padding is None else padding.real_columns(columns), None, None
     if compiling:
         if not past.settled:
             padding = LeftPadding.of(attention_mask).cropped(past.columns + length)
-        return padding, attention_mask, False, True
+        return padding, attention_mask, None, True
     pads = LeftPadding.of(attention_mask)
-    is_padded, right_padded = _look_at_mask(attention_mask, pads, past)
+    is_padded, row_ends = _look_at_mask(attention_mask, pads, past)
     if not past.settled:
         padding = pads if is_padded else None
-    return padding, attention_mask if is_padded or right_padded else None, right_padded, False
+    return padding, attention_mask if is_padded or row_ends is not None else None, row_ends, False
 
 
-def _look_at_mask(attention_mask: torch.Tensor, pads: LeftPadding, past: Past) -> tuple[bool, bool]:
-    """Whether a row begins in padding, and whether one ends in it: one read from the device."""
+def _look_at_mask(attention_mask: torch.Tensor, pads: LeftPadding, past: Past) -> tuple[bool, torch.Tensor | None]:
+    """Whether a row begins in padding, and `row_ends` of the `Batch`: one read from the device."""
     real = attention_mask.bool()
     after_first = pads.real_columns(real.shape[1])
     trailing = real.flip(-1).cumsum(dim=-1).flip(-1) == 0
@@ -269,7 +285,7 @@ def _look_at_mask(attention_mask: torch.Tensor, pads: LeftPadding, past: Past) -
                 f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
                 f"but got {pads.on_host}."
             )
-    return is_padded, right_padded
+    return is_padded, (~trailing).sum(dim=-1) if right_padded else None
 
 
 def check_mask_shape(attention_mask: torch.Tensor, inputs_embeds: torch.Tensor, past: Past) -> torch.Tensor:
@@ -384,4 +400,14 @@ def _wrong_positions(position_ids: torch.Tensor, counted: torch.Tensor, wrong: t
     )
 
 
-__all__ = ["BOUNDARIES", "Batch", "LeftPadding", "PackedTexts", "Past", "Rows", "check_mask_shape", "read_batch"]
+__all__ = [
+    "BOUNDARIES",
+    "Batch",
+    "LeftPadding",
+    "PackedTexts",
+    "Past",
+    "RowChange",
+    "Rows",
+    "check_mask_shape",
+    "read_batch",
+]

@@ -32,7 +32,7 @@ from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig, processes_of
 from .level_spiralformer import LatentEntry, ResolutionState
 from .precision_spiralformer import DEFAULT_BITS, Precision, entry_sizes, read_precisions
-from .static_cache_spiralformer import check_room, fit_static_layers
+from .static_cache_spiralformer import check_room, check_token_room, fit_static_layers
 from .storage_spiralformer import append_columns, write_columns
 
 
@@ -314,8 +314,8 @@ def _fit_token_layers(cache: Cache, config: SpiralFormerConfig, inputs_embeds: t
     """The cache of a stack without a loop: one that holds no token goes on with another number of rows."""
     static, rows = cache.is_compileable, inputs_embeds.shape[0]
     layers: list[Any] = cache.layers
-    sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
-    if sliding or len(layers) not in (0, config.num_hidden_layers):
+    wrong = any(isinstance(layer, LatentEntry) or getattr(layer, "is_sliding", False) for layer in layers)
+    if wrong or len(layers) not in (0, config.num_hidden_layers):
         raise ValueError(f"{BUILT_FOR}, but got {cache!r} of {len(layers)} layers.")
     held = rows
     if layers and layers[0].is_initialized:
@@ -328,6 +328,7 @@ def _fit_token_layers(cache: Cache, config: SpiralFormerConfig, inputs_embeds: t
         raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
     if static:
         fit_static_layers(cache, inputs_embeds)
+        check_token_room(cache, inputs_embeds.shape[1])
     elif cache.get_seq_length() == 0:
         restart(cache)
 

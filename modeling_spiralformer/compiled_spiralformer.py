@@ -288,7 +288,7 @@ class CompiledStep:
         if not all(state is not None and state.begun and state.settled for state in states):
             return None
         rows = states[0].rows
-        if meet_adapters(body) or rows.every_row or rows.right_padded:
+        if meet_adapters(body) or rows.every_row or rows.row_ends is not None:
             return None
         if body.shared:
             check_shared(body)

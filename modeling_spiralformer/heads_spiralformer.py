@@ -33,6 +33,8 @@ def new_tokens(
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
     name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
     given, dims = _numbers(name, given, floating=input_ids is None), 3 if input_ids is None else 2
+    if dims == 2 and given.dtype not in (torch.int64, torch.int32):  # what an embedding takes
+        raise ValueError(f"`input_ids` must be a tensor of int64 or int32, but got {given.dtype}.")
     shape = tuple(given.shape)
     if len(shape) != dims or 0 in shape[:2]:
         raise ValueError(f"`{name}` must hold at least one row and one token, but got shape {shape}.")
@@ -63,20 +65,23 @@ def check_kept(logits_to_keep: Any, tokens: tuple[int, int]) -> None:
         raise ValueError(f"`logits_to_keep` must be in [{-length}, {length - 1}], but got {least} to {most}.")
 
 
-def check_labels(
+def read_labels(
     labels: Any,
     shifted: Any,
     logits_to_keep: int | torch.Tensor,
     tokens: tuple[int, int],
     vocab_size: int,
     ignored: int,
-) -> None:
-    """Raises `ValueError` for labels that do not go with the logits of `(B, S)` tokens.
+) -> dict[str, torch.Tensor]:
+    """`labels` and `shift_labels` as the loss takes them, in int64.
 
     Args:
-        labels: `labels`, which the loss moves by one position.
+        labels: integers of any dtype, which the loss moves by one position.
         shifted: `shift_labels`, which it takes in their place as they are; None where there are none.
         ignored: the label without a loss.
+
+    Raises:
+        `ValueError`: for labels that do not go with the logits of `(B, S)` tokens.
     """
     if isinstance(logits_to_keep, torch.Tensor):
         raise ValueError(
@@ -84,21 +89,23 @@ def check_labels(
         )
     kept = tokens[1] if logits_to_keep == 0 else min(logits_to_keep, tokens[1])
     name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
-    given = _numbers(name, given, floating=False)
+    given = _numbers(name, given, floating=False).long()
     if tuple(given.shape) != (tokens[0], kept):
         raise ValueError(
             f"`{name}` must have shape {(tokens[0], kept)}, one for each logit, but got {tuple(given.shape)}."
         )
+    read = {"labels": labels, name: given}
     if not _is_readable(given):
-        return
+        return read
     wrong = given[(given != ignored) & ((given < 0) | (given >= vocab_size))]
     if wrong.numel():
         raise ValueError(f"`{name}` must be in [0, {vocab_size - 1}], or {ignored}, but got {int(wrong[0])}.")
+    return read
 
 
 def _numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
     """What is given, where it is a tensor of such numbers. Raises `ValueError` for anything else."""
-    if not isinstance(given, torch.Tensor) or given.is_floating_point() != floating:
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() != floating or given.dtype == torch.bool:
         kind = "floating point numbers" if floating else "integers"
         got = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
         raise ValueError(f"`{name}` must be a tensor of {kind}, but got {got}.")
@@ -131,6 +138,15 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
+def check_last(attention_mask: torch.Tensor | None, tokens: tuple[int, int], pad_token_id: int | None) -> None:
+    """Raises `ValueError` for several rows without a mask and without an id of padding: `last_tokens` finds no end."""
+    if attention_mask is None and pad_token_id is None and tokens[0] > 1:
+        raise ValueError(
+            f"`attention_mask` must be given with {tokens[0]} rows where `pad_token_id` is None: where a row ends, "
+            "nothing else says."
+        )
+
+
 def last_tokens(
     attention_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
@@ -143,18 +159,10 @@ def last_tokens(
     Args:
         attention_mask: `(B, past + S)`, or as long as a static cache. Without it ids of padding are left out, as the
             library does.
-        tokens: (B, S).
-
-    Raises:
-        `ValueError`: for several rows without a mask and without an id of padding.
+        tokens: (B, S), which `check_last` has seen.
     """
     if attention_mask is not None:
         real = attention_mask[:, past : past + tokens[1]].bool()
-    elif pad_token_id is None and tokens[0] > 1:
-        raise ValueError(
-            f"`attention_mask` must be given with {tokens[0]} rows where `pad_token_id` is None: where a row ends, "
-            "nothing else says."
-        )
     elif pad_token_id is None or input_ids is None:
         return -1
     else:
@@ -162,4 +170,4 @@ def last_tokens(
     return (torch.arange(tokens[1], device=real.device, dtype=torch.int32) * real).argmax(-1)
 
 
-__all__ = ["check_kept", "check_labels", "keep_positions", "last_tokens", "new_tokens"]
+__all__ = ["check_kept", "check_last", "keep_positions", "last_tokens", "new_tokens", "read_labels"]

@@ -27,11 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .batch_spiralformer import Columns, LeftPadding, MaybeNone, PackedTexts, Rows
+from .batch_spiralformer import Columns, MaybeNone, PackedTexts, RowChange, Rows
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .storage_spiralformer import write_columns
-
-RowChange = Callable[[torch.Tensor], torch.Tensor]  # of the batch dimension: reorder, select, repeat
 
 
 def pick_places(updates: torch.Tensor, places: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
@@ -247,9 +245,8 @@ class LatentEntry:
             return
         if self.owns_state:
             self.state.map_rows(change)
-        padding = self.state.rows.padding
-        if self.owns_rows and padding is not None:
-            self.state.rows.padding = LeftPadding(change(padding.columns))
+        if self.owns_rows:
+            self.state.rows.change(change)
         self.keys, self.values = change(self.keys), change(self.values)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -34,6 +34,7 @@ Shape letters: B batch, R rows of the batch that run, S new tokens (all L of the
 of a resolution, G tokens in a chunk, D hidden size, T iterations.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -112,7 +113,7 @@ from .continuous_spiralformer import (
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
 from .flex_spiralformer import check_flex, unfused_on_cpu
-from .heads_spiralformer import check_kept, check_labels, keep_positions, last_tokens, new_tokens
+from .heads_spiralformer import check_kept, check_last, keep_positions, last_tokens, new_tokens, read_labels
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .paging_spiralformer import PagedState
@@ -257,13 +258,28 @@ def schedule_fields(config: SpiralFormerConfig) -> tuple:
     return tuple(None if values is None else [*values] for values in fields)
 
 
-def check_recorded(output_hidden_states: bool | int | list[int] | None, config: SpiralFormerConfig) -> None:
-    """Raises `ValueError` for numbers of states in a call with a cache: an iteration that fills no chunk has none."""
+def recorded_numbers(output_hidden_states: bool | int | list[int] | None, config: SpiralFormerConfig) -> Any:
+    """The numbers of the states that a call is to record; None where it records all or none."""
     chosen = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-    if chosen is not None and not isinstance(chosen, bool) and max(config.chunk_sizes, default=1) > 1:
+    return None if isinstance(chosen, bool) else chosen
+
+
+def check_recorded(numbers: Any, config: SpiralFormerConfig) -> None:
+    """Raises `ValueError` for numbers of states in a call with a cache: an iteration that fills no chunk has none."""
+    if numbers is not None and max(config.chunk_sizes, default=1) > 1:
         raise ValueError(
-            f"`output_hidden_states` must be True or False with a cache, but got {chosen}: a call records the layers "
+            f"`output_hidden_states` must be True or False with a cache, but got {numbers}: a call records the layers "
             "that it runs, and which these are depends on the chunks that fill. Pass `use_cache=False`."
+        )
+
+
+def check_filled(numbers: Any, states: list[ResolutionState], inputs_embeds: torch.Tensor) -> None:
+    """The same without a cache, where the text `(B, S, D)` is too short for a chunk of each size."""
+    idle = [state.grid.size for state in states if copy.copy(state).feed(inputs_embeds) is None]
+    if idle:
+        raise ValueError(
+            f"`output_hidden_states` must be True or False for a text without a chunk of size {idle[0]}, but got "
+            f"{numbers}: a call records the layers that it runs, and numbers would name others than in a longer text."
         )
 
 
@@ -450,9 +466,7 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             hidden_states, carrier = self.topology(hidden_states, embeddings)
 
         # h_(t+1) = Topology(shift(Up(f_loop(Down(h_t)))), h_t, carrier), once per resolution
-        # The mode is that of a module which a view shares with its model. Layers that FSDP shards are gathered by all
-        # processes at once, in evaluation too.
-        run_idle = self.emb_dropout.training or (len(states) > 0 and hasattr(self.core[0], "unshard"))
+        run_idle = self._runs_idle()
         for iteration, (resolution, state) in enumerate(zip(self.resolutions, states, strict=True)):
             core = partial(self._run_core, iteration, **kwargs)
             update = resolution(hidden_states, state, core, cache, run_idle)
@@ -532,6 +546,12 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
                 "`with_schedule()`."
             )
 
+    def _runs_idle(self) -> bool:
+        """Whether an iteration that fills no chunk runs the core all the same, for the sake of the processes."""
+        # The mode is that of a module which a view shares with its model. Layers that FSDP shards are gathered by all
+        # processes at once, in evaluation too.
+        return self.emb_dropout.training or (len(self.core) > 0 and hasattr(self.core[0], "unshard"))
+
     def _checkpoints_layers(self) -> bool:
         """Whether the layers of this call run under gradient checkpointing, and would drop a cache."""
         replayed = torch.is_grad_enabled() or not CHECKPOINTED_LAYERS_KEEP_CACHE
@@ -563,8 +583,9 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
             check_shared(self)
         check_flex(self, inputs_embeds, given_cache, given)
         every_row, rows = meet_adapters(self), Rows()
+        numbers = recorded_numbers(given.get("output_hidden_states"), self.config)
         if uses_cache:
-            check_recorded(given.get("output_hidden_states"), self.config)
+            check_recorded(numbers, self.config)
             cache = DynamicCache(config=self.config) if given_cache is None else given_cache
             states = find_states(cache, self.config, self.grids, inputs_embeds)
         else:
@@ -574,6 +595,8 @@ class SpiralFormerModel(SpiralFormerPreTrainedModel):
         if batch.texts is not None:  # packed rows are read whole: no call goes on from them
             cache, states = None, [PackedState(grid, rows, batch.texts) for grid in self.grids]
         begin_call(cache, states, batch, every_row)
+        if numbers is not None and not uses_cache and not self._runs_idle():
+            check_filled(numbers, states, inputs_embeds)
         return batch, states, cache, given
 
     def _read_step(
@@ -682,7 +705,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         check_kept(logits_to_keep, tokens)
         if labels is not None:
             shifted, ignored = kwargs.get("shift_labels"), kwargs.get("ignore_index", -100)
-            check_labels(labels, shifted, logits_to_keep, tokens, self.config.vocab_size, ignored)
+            targets = read_labels(labels, shifted, logits_to_keep, tokens, self.config.vocab_size, ignored)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -690,13 +713,14 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             cache=cache,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))  # type: ignore[arg-type]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **{**kwargs, **targets})
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -905,8 +929,12 @@ class SpiralFormerForSequenceClassification(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
+        # Before the cache is written to.
+        check_last(
+            attention_mask, new_tokens(input_ids, inputs_embeds, self.config.hidden_size), self.config.pad_token_id
+        )
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, **kwargs)
+        body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, return_dict=True, **kwargs)
         logits = self.score(body.last_hidden_state)
         past = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]
         last = last_tokens(attention_mask, input_ids, past, logits.shape[:2], self.config.pad_token_id)
@@ -935,21 +963,32 @@ class SpiralFormerForSequenceClassification(
 class SpiralFormerForTokenClassification(SpiralFormerHead, GenericForTokenClassification, SpiralFormerPreTrainedModel):
     """SpiralFormer with a head for one label per token; the library's generic head, `num_items_in_batch` as above."""
 
+    @takes_either_cache_name("cache")
     @can_return_tuple
     @wraps(GenericForTokenClassification.forward, assigned=())
     @auto_docstring
     def forward(
         self,
-        *inputs,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         r"""
+        cache (`Cache`, *optional*):
+            What earlier calls computed, as in a causal language model.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
-        outputs = super().forward(*inputs, **kwargs, return_dict=True)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        outputs = super().forward(
+            input_ids, **given, **{CACHE_NAME: cache}, use_cache=use_cache, return_dict=True, **kwargs
+        )
         if labels is None:
             return outputs
         loss = self.loss_function(outputs.logits, labels, self.config, num_items_in_batch=num_items_in_batch)

@@ -24,11 +24,11 @@ import torch
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .batch_spiralformer import Columns, MaybeNone, Rows
+from .batch_spiralformer import Columns, MaybeNone, RowChange, Rows
 from .cache_name_spiralformer import CACHE_ARGUMENT
 from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE
-from .level_spiralformer import LatentEntry, ResolutionState, RowChange, pick_places
+from .level_spiralformer import LatentEntry, ResolutionState, pick_places
 from .storage_spiralformer import copy_columns
 
 
@@ -450,7 +450,16 @@ def check_room(states: list[StaticState], length: int) -> None:
         torch._assert_async(states[0].column + length <= size, f"{CACHE_ARGUMENT} is full: see its max_cache_len")
         return
     _read_column(states)
-    held = states[0].seen + length
+    _refuse_more(states[0].seen + length, size)
+
+
+def check_token_room(cache: Cache, length: int) -> None:
+    """The same for a static cache whose layers are all over tokens."""
+    if not is_torchdynamo_compiling():
+        _refuse_more(int(cache.get_seq_length()) + length, cache.layers[0].get_max_length())
+
+
+def _refuse_more(held: int, size: int) -> None:
     if held > size:
         raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
 
@@ -479,6 +488,7 @@ __all__ = [
     "StaticState",
     "Turn",
     "check_room",
+    "check_token_room",
     "fit_static_layers",
     "settle_states",
 ]

@@ -295,6 +295,39 @@ def test_appending_to_right_padded_rows_is_refused():
         model(ids[:, :1], past_key_values=cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["crop", "select", "reorder", "repeat"])
+def test_rows_that_no_longer_end_in_padding_go_on(change):
+    """Cut back to where every row has tokens, or without the rows that ended."""
+    model = small_model(chunk_sizes=[5, 3, 1], dtype=torch.float64)
+    rows = [random_ids(1, length, seed=length)[0] for length in (11, 7, 11)]
+    ids, mask = pad_rows(rows, "right")
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    if change == "crop":
+        longer = copy.deepcopy(cache)
+        longer.crop(-3)  # the second row has ended still
+        with pytest.raises(ValueError, match="right-padded"):
+            model(random_ids(3, 1), past_key_values=longer)
+        cache.crop(-4)
+        kept = ids[:, :7]
+    elif change == "repeat":
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="right-padded"):
+            model(random_ids(6, 1), past_key_values=cache)
+        cache.batch_select_indices([0, 1, 4])
+        kept = ids[[0, 0, 2]]
+    else:
+        keep = torch.tensor([2, 0] if change == "select" else [2, 0, 0])
+        cache.batch_select_indices(keep) if change == "select" else cache.reorder_cache(keep)
+        kept = ids[keep]
+    more = random_ids(len(kept), 6, seed=5)
+    found = model(more, past_key_values=cache).logits
+    expected = model(torch.cat([kept, more], dim=1), use_cache=False).logits[:, -6:]
+    assert (found - expected).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -5,7 +5,7 @@ import torch
 from support import large_weights, new_cache, pad_rows, random_ids, small_config, small_model
 from transformers import DynamicCache, StaticCache
 
-from modeling_spiralformer import SpiralFormerForSequenceClassification
+from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification
 from modeling_spiralformer.cache_name_spiralformer import CHECKPOINTED_LAYERS_KEEP_CACHE
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 
@@ -383,6 +383,7 @@ def test_logits_to_keep(cached):
         ({"logits_to_keep": torch.ones(3, dtype=torch.bool)}, r"must have shape \(4,\) or \(2, 4\), but got \(3,\)"),
         ({"labels": [[1, 2, 3, 4]] * 2}, "`labels` must be a tensor of integers, but got list"),
         ({"labels": torch.ones(2, 4)}, "`labels` must be a tensor of integers, but got torch.float"),
+        ({"labels": torch.ones(2, 4, dtype=torch.bool)}, "`labels` must be a tensor of integers, but got torch.bool"),
         ({"labels": torch.ones(4, 2, dtype=torch.long)}, r"`labels` must have shape \(2, 4\).*but got \(4, 2\)"),
         ({"labels": torch.full((2, 4), 61)}, r"`labels` must be in \[0, 60\], or -100, but got 61"),
         ({"labels": torch.full((2, 4), -1)}, r"`labels` must be in \[0, 60\], or -100, but got -1"),
@@ -393,6 +394,11 @@ def test_logits_to_keep(cached):
             "`shift_labels` must have shape",
         ),
         ({"input_ids": torch.ones(2, 4)}, "`input_ids` must be a tensor of integers, but got torch.float"),
+        ({"input_ids": torch.ones(2, 4, dtype=torch.bool)}, "`input_ids` must be a tensor of integers, but got"),
+        (
+            {"input_ids": torch.ones(2, 4).short()},
+            "`input_ids` must be a tensor of int64 or int32, but got torch.int16",
+        ),
         ({"input_ids": [[1, 2, 3, 4]] * 2}, "`input_ids` must be a tensor of integers, but got list"),
         ({"input_ids": None, "inputs_embeds": torch.ones(2, 4, 15)}, "`inputs_embeds` must be 16 wide, but got shape"),
         (
@@ -424,6 +430,44 @@ def test_labels_go_with_the_logits_that_are_kept():
     assert (model(text, labels=ignored, ignore_index=-7).loss - loss).abs() < 1e-6
     shifted = torch.cat([torch.full((2, 5), -100), text[:, 6:], torch.full((2, 1), -100)], dim=1)
     assert (model(text, labels=text, shift_labels=shifted).loss - loss).abs() < 1e-6
+    # Integers of any dtype, among them one that cannot hold -100.
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(model(text, labels=text.to(dtype)).loss, model(text, labels=text).loss)
+        if dtype.is_signed:
+            assert (model(text, labels=text, shift_labels=shifted.to(dtype)).loss - loss).abs() < 1e-6
+
+
+@pytest.mark.parametrize("model_class", [SpiralFormerForCausalLM, SpiralFormerForSequenceClassification])
+def test_a_configuration_that_asks_for_tuples_gets_them(model_class):
+    model, text = large_weights(model_class(small_config(pad_token_id=0))).eval(), random_ids(2, 9)
+    expected = model(text).logits
+    model.config.return_dict = False
+    found = model(text)
+    assert isinstance(found, tuple) and torch.equal(found[0], expected)
+    assert torch.equal(model(text, return_dict=True).logits, expected)
+
+
+def test_a_full_static_cache_is_refused_by_name():
+    for options in CASES.values():
+        model, text = small_model(**options), random_ids(2, 9)
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            model(text[:, :6], past_key_values=cache)
+            with pytest.raises(ValueError, match="static cache of max_cache_len 8, but got token 9"):
+                model(text[:, 6:], past_key_values=cache)
+            after = model(text[:, 6:8], past_key_values=cache).logits
+            assert (after - model(text, use_cache=False).logits[:, 6:8]).abs().max() < 1e-9
+
+
+def test_a_stack_without_a_loop_refuses_a_cache_of_latents():
+    """With as many entries as its own."""
+    looped = small_model(chunk_sizes=[4, 1], num_core_layers=1)
+    plain = small_model(**NO_LOOP, num_prelude_layers=2, num_coda_layers=2)
+    assert looped.config.num_hidden_layers == plain.config.num_hidden_layers
+    cache = filled(looped, random_ids(1, 6))
+    with torch.no_grad(), pytest.raises(ValueError, match="must be built for this model"):
+        plain(random_ids(1, 3), past_key_values=cache)
+    check_whole(cache, 6)
 
 
 def test_a_model_that_was_told_not_to_be_causal_refuses():
@@ -474,6 +518,16 @@ def test_numbers_of_states_are_refused_where_a_call_may_not_run_them(chosen):
         some = model(text, use_cache=False, output_hidden_states=chosen).hidden_states
         for index in [chosen] if isinstance(chosen, int) else chosen:
             assert torch.equal(some[index], every[index])
+        with pytest.raises(ValueError, match="must be True or False for a text without a chunk of size 5"):
+            model(text[:, :2], use_cache=False, output_hidden_states=chosen)  # w = 2: the first chunk fills with 3
+        packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+        with pytest.raises(ValueError, match="must be True or False for a text without a chunk of size 5"):
+            model(text[:, :6], position_ids=packed, use_cache=False, output_hidden_states=chosen)
+        model.config.output_hidden_states = chosen
+        with pytest.raises(ValueError, match="must be True or False for a text without a chunk of size 5"):
+            model(text[:, :1], use_cache=False)
+        model(text, use_cache=False)  # long enough
+        model.train()(text[:, :1], use_cache=False)  # there the core runs all the same
 
 
 @pytest.mark.parametrize(

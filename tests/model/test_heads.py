@@ -140,6 +140,9 @@ def test_what_a_head_returns(model_class):
         expected.item() / 4, abs=1e-6
     )
     assert model(TOKENS).loss is None
+    # Each argument at its place in the library's heads: ids, mask, positions, cache, embeddings, labels.
+    in_order = model(TOKENS, None, None, None, None, labels, num_items_in_batch=labels.numel() * 4).loss
+    assert in_order.item() == pytest.approx(expected.item() / 4, abs=1e-6)
     # Trainer drops columns of a data set that the signature lacks.
     assert {"input_ids", "attention_mask", "labels", "inputs_embeds"} < set(signature(model.forward).parameters)
 
@@ -284,6 +287,8 @@ def test_a_text_that_goes_on_is_read_at_its_newest_token():
 
 def test_rows_that_nothing_tells_the_end_of_are_refused():
     model = make_head(SpiralFormerForSequenceClassification, pad_token_id=None).eval()
+    cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="`attention_mask` must be given with 2 rows where `pad_token_id` is None"):
-        model(TOKENS[:2])
+        model(TOKENS[:2], past_key_values=cache)
+    assert cache.get_seq_length() == 0
     assert torch.equal(model(TOKENS[:1]).logits, model(TOKENS[:1], attention_mask=torch.ones(1, LENGTH)).logits)
