@@ -25,7 +25,8 @@ from workshop.experiments.quantised import change_cell
 from workshop.experiments.store import append_line, run_folder
 from workshop.experiments.trained import TrainedArguments, describe_trained, load_trained
 from workshop.molecules import quantising
-from workshop.molecules.quantising import Weights, linear_layers, quantise, ratio
+from workshop.molecules.quantising import Weights, linear_layers, parts_of, quantise, ratio
+from workshop.molecules.quantising import compare_quantised as compare_quantised_
 from workshop.molecules.rows import make_rows
 from workshop.padded_rows import losses_of_rows
 from workshop.probes.measures import METRICS, choose_molecules, collect
@@ -36,6 +37,12 @@ MODELS = {
     "looped": LOOP | {"chunk_sizes": [1, 1], "topology": "anchor"},
     "spiral": LOOP | {"chunk_sizes": [4, 2]},
     "hyperloop": LOOP | {"chunk_sizes": [2, 1], "topology": "hyper_connections"},
+}
+PARTS = {
+    "plain": ["prelude"],
+    "looped": ["prelude", "core", "coda"],
+    "spiral": ["prelude", "core", "coda", "resolutions", "topology"],
+    "hyperloop": ["prelude", "core", "coda", "resolutions", "topology"],
 }
 load_once = functools.cache(load_experiment)  # it counts FLOPs
 SWEPT = {1e-3: 2.0, 1e-2: 1.5}  # rate -> loss
@@ -100,6 +107,8 @@ def test_whole_runs_or_those_of_the_sweep_at_the_chosen_rate_are_found(workshop)
     assert [item.line["key"] for item in swept] == [experiment.run("spiral", 0, 1e-2, True).key]
     assert swept[0].folder.name == swept[0].line["key"] and (swept[0].folder / "config.json").is_file()
     assert describe_trained(swept) == "Trained on 104 tokens, code of abcdef0. Seeds: `spiral` 0."
+    both = describe_trained([*swept, *whole[5:6]])
+    assert both == "Trained on 104 to 416 tokens, code of abcdef0. Seeds: `spiral` 0, 1."
 
 
 def test_what_is_not_there_is_refused(workshop, tmp_path, monkeypatch):
@@ -205,6 +214,34 @@ def test_every_matrix_is_quantised_and_counted(workshop, name, way):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_part_is_quantised_and_the_others_are_not(workshop, name):
+    model = trained_model(workshop, name)
+    rows = make_rows(MOLECULES, TOKENIZER, 24)
+    whole, _ = quantise(model, Weights(4))
+    figures, _ = compare_quantised_(model, TOKENIZER, rows, [Weights(4)], lambda: None)
+    assert list(figures["parts"]) == parts_of(model) == list(PARTS[name])
+    layers = []
+    for part in PARTS[name]:
+        quantised, shares = quantise(model, Weights(4), part)
+        changed = {key for key, weight in quantised.named_parameters() if isinstance(weight, TorchAOBaseTensor)}
+        assert changed == {f"{key}.weight" for key in linear_layers(model, part)} and 0 < shares["quantised"] < 1
+        assert all(
+            torch.equal(quantised.get_parameter(key).dequantize(), whole.get_parameter(key).dequantize())
+            for key in changed
+        )
+        before, after = (losses_of_rows(chosen, TOKENIZER, rows) for chosen in (model, quantised))
+        assert figures["parts"][part] == ratio(after[:, 0] - before[:, 0], before[:, 1])
+        layers += changed
+    assert sorted(layers) == sorted(f"{key}.weight" for key in linear_layers(model))
+
+
+def test_a_matrix_of_the_part_that_stays_as_it_was_is_an_error(workshop, monkeypatch):
+    monkeypatch.setattr("torchao.quantization.quantize_", lambda model, config, filter_fn: None)
+    with pytest.raises(ValueError, match="Every matrix but embeddings and head .* but model.core.0.attention"):
+        quantise(trained_model(workshop, "spiral"), Weights(4), "core")
+
+
 def test_a_matrix_that_stays_as_it_was_is_an_error(workshop, monkeypatch):
     monkeypatch.setattr("torchao.quantization.quantize_", lambda model, config, filter_fn: None)
     with pytest.raises(ValueError, match="Every matrix but embeddings and head .* but model.prelude.0.attention"):
@@ -261,7 +298,16 @@ def test_models_are_compared_on_the_same_molecules(workshop, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "quantised.md").read_text() and "Loss on 9 validation molecules" in printed
     table = rows_of(printed)
-    assert sum(row[0] == "spiral" for row in table) == 3 and sum(row[0] == "plain" for row in table) == 2
+    assert sum(row[0] == "spiral" for row in table) == 4 and sum(row[0] == "plain" for row in table) == 3
+    header = ["perplexity, %, int4, rows, one part", "seed", "prelude", "core", "coda", "resolutions", "topology"]
+    of_parts = table[table.index(header) + 2 :][: len(MODELS)]
+    cells = [[change_cell(change) for change in found["parts"].values()] for found in results]
+    assert [row[2:] for row in of_parts] == [
+        [*cells[0], "-", "-", "-", "-"],
+        [*cells[1], "-", "-"],
+        cells[2],
+        cells[3],
+    ]
     assert ["perplexity, % beyond `plain`", "seed", "int8, rows", "int4, rows", "int4, groups of 8"] in table
     assert change_cell(results[2]["ways"]["int4, rows"]["difference"]) in [row[3] for row in table]
     assert json.loads((tmp_path / "out" / "quantised.json").read_text())[3]["model"] == "hyperloop"

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from workshop.evaluation import load
 from workshop.experiments.trained import Trained
-from workshop.molecules.quantising import Weights, compare_quantised, ratio
+from workshop.molecules.quantising import PARTS_WAY, Weights, compare_quantised, ratio
 from workshop.molecules.rows import make_rows
 from workshop.tables import markdown_table
 
@@ -19,7 +19,7 @@ def quantise_all(trained: list[Trained], references: list[str], molecules: list[
     """
     ways = [Weights(8), Weights(4), Weights(4, group_size)]
     results, gains = [], {}
-    with tqdm(total=len(trained) * (1 + len(ways)), desc="quantising", unit="evaluation") as progress:
+    with tqdm(total=len(trained), desc="quantising", unit="model") as progress:
         for item in trained:
             model, tokenizer = load(str(item.folder), str(item.folder))
             rows = make_rows(molecules, tokenizer, model.config.max_position_embeddings)
@@ -77,6 +77,16 @@ def change_table(results: list[dict], reference: str | None = None) -> str:
     return markdown_table([named, "seed", *ways], rows)
 
 
+def part_table(results: list[dict]) -> str:
+    """One row a model: the change of its perplexity where one part of it is quantised and the others are not."""
+    parts = list(dict.fromkeys(part for found in results for part in found["parts"]))
+    rows = []
+    for found in results:
+        changes = [change_cell(found["parts"][part]) if part in found["parts"] else "-" for part in parts]
+        rows.append([found["model"], str(found["seed"]), *changes])
+    return markdown_table([f"perplexity, %, {PARTS_WAY.name}, one part", "seed", *parts], rows)
+
+
 def quantised_report(results: list[dict], references: list[str], described: str, molecules: int) -> str:
     """What was asked, and the tables, as Markdown."""
     parts = [
@@ -84,9 +94,11 @@ def quantised_report(results: list[dict], references: list[str], described: str,
         "intervals over draws of molecules, which know nothing of what another seed would have trained. Quantised: "
         "the share of all parameters, every matrix but embeddings and head; these, norms and biases stay in float32. "
         "A row of weights has one scale. With groups each group in it has its own where their size divides the row: "
-        "the share of the parameters for which it does stands in the next column.",
+        "the share of the parameters for which it does stands in the next column. One part: its matrices are "
+        "quantised, and those of the others are not.",
         loss_table(results),
         change_table(results),
+        part_table(results),
     ]
     for reference in references:
         if any(reference in way["beside"] for found in results for way in found["ways"].values()):

@@ -77,10 +77,11 @@ def load_trained(arguments: TrainedArguments) -> tuple[Experiment, Path, list[Tr
 
 def describe_trained(trained: list[Trained]) -> str:
     """What was trained, in a sentence: on how many tokens, at which commits, and which models have fewer seeds."""
-    tokens = sorted({f"{item.line['tokens']:,}" for item in trained})
+    tokens = [item.line["tokens"] for item in trained]
+    counts = " to ".join(f"{count:,}" for count in sorted({min(tokens), max(tokens)}))
     commits = sorted({short(item.line["commit"]) for item in trained})
     seeds: dict[str, list[int]] = {}
     for item in trained:
         seeds.setdefault(item.model, []).append(item.seed)
     named = "; ".join(f"`{name}` {', '.join(map(str, found))}" for name, found in seeds.items())
-    return f"Trained on {' or '.join(tokens)} tokens, code of {', '.join(commits)}. Seeds: {named}."
+    return f"Trained on {counts} tokens, code of {', '.join(commits)}. Seeds: {named}."

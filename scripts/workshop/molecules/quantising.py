@@ -45,24 +45,43 @@ class Weights:
         return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{self.bits}"), granularity=granularity)
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """All linear layers but the head, which is as a rule the embeddings."""
+PARTS_WAY = Weights(4)  # how the parts of a model are quantised alone
+
+
+def linear_layers(model: PreTrainedModel, part: str | None = None) -> dict[str, torch.nn.Linear]:
+    """All linear layers but the head, which is as a rule the embeddings; with `part` those of one of `parts_of`."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module for name, module in found.items() if module is not model.get_output_embeddings()}
+    return {
+        name: module
+        for name, module in found.items()
+        if module is not model.get_output_embeddings() and part in (None, part_of(name))
+    }
 
 
-def quantise(model: PreTrainedModel, weights: Weights) -> tuple[PreTrainedModel, dict[str, float]]:
+def part_of(name: str) -> str:
+    """The part of the body that a layer belongs to, such as `core`."""
+    return name.removeprefix("model.").split(".")[0]
+
+
+def parts_of(model: PreTrainedModel) -> list[str]:
+    """The parts of the body that hold linear layers, in its order."""
+    return list(dict.fromkeys(map(part_of, linear_layers(model))))
+
+
+def quantise(
+    model: PreTrainedModel, weights: Weights, part: str | None = None
+) -> tuple[PreTrainedModel, dict[str, float]]:
     """
     A quantised copy, and shares of all parameters: `quantised`, and `grouped`, those with scales of `group_size`.
 
-    Where the group size does not divide the inputs of a layer, each of its rows has one scale. Raises ValueError where
-    a matrix other than embeddings and head stays as it was.
+    Where the group size does not divide the inputs of a layer, each of its rows has one scale. With `part` only one of
+    `parts_of` is quantised. Raises ValueError where a matrix other than embeddings and head stays as it was.
     """
     from torchao.quantization import quantize_
     from torchao.utils import TorchAOBaseTensor
 
     quantised, sizes = copy.deepcopy(model), {"quantised": 0, "grouped": 0}
-    layers = linear_layers(quantised)
+    layers = linear_layers(quantised, part)
     fits = {
         name: weights.group_size is not None and layer.in_features % weights.group_size == 0
         for name, layer in layers.items()
@@ -75,7 +94,8 @@ def quantise(model: PreTrainedModel, weights: Weights) -> tuple[PreTrainedModel,
         quantize_(quantised, weights.config(grouped), filter_fn=chosen)
     kept = {quantised.get_input_embeddings().weight, quantised.get_output_embeddings().weight}
     for name, weight in quantised.named_parameters():
-        if weight.ndim > 1 and weight not in kept and not isinstance(weight, TorchAOBaseTensor):
+        meant = weight.ndim > 1 and weight not in kept and part in (None, part_of(name))
+        if meant and not isinstance(weight, TorchAOBaseTensor):
             raise ValueError(f"Every matrix but embeddings and head must be quantised, but {name} is not.")
     for name, layer in layers.items():
         sizes["quantised"] += layer.weight.numel()
@@ -107,19 +127,25 @@ def compare_quantised(
     parameters; and for each way what each molecule gained in nats.
 
     Args:
-        done: is called after each evaluation.
+        done: is called after each model that was evaluated.
+
+    Returns:
+        The differences of `PARTS_WAY` with each part of the body quantised alone are among the figures, as `parts`.
     """
     before = losses_of_rows(model, tokenizer, rows)
-    done()
-    figures: dict = {"nats_per_token": before[:, 0].sum() / before[:, 1].sum(), "ways": {}}
+    figures: dict = {"nats_per_token": before[:, 0].sum() / before[:, 1].sum(), "ways": {}, "parts": {}}
     gains = {}
     for way in ways:
         quantised, shares = quantise(model, way)
         after = losses_of_rows(quantised, tokenizer, rows)
-        done()
         gains[way.name] = after[:, 0] - before[:, 0]
         figures["ways"][way.name] = {
             **{"nats_per_token": after[:, 0].sum() / after[:, 1].sum(), **shares},
             "difference": ratio(gains[way.name], before[:, 1]),
         }
+    for part in parts_of(model):
+        quantised, _ = quantise(model, PARTS_WAY, part)
+        after = losses_of_rows(quantised, tokenizer, rows)
+        figures["parts"][part] = ratio(after[:, 0] - before[:, 0], before[:, 1])
+    done()
     return figures, gains
