@@ -285,7 +285,10 @@ def _look_at_mask(attention_mask: torch.Tensor, pads: LeftPadding, past: Past) -
                 f"`attention_mask` must keep the {before} columns of padding that the cached rows were started with, "
                 f"but got {pads.on_host}."
             )
-    return is_padded, (~trailing).sum(dim=-1) if right_padded else None
+    if not right_padded:
+        return is_padded, None
+    ends = (~trailing).sum(dim=-1)
+    return is_padded, ends.masked_fill(ends == 0, real.shape[1])  # a row without a token has not begun
 
 
 def check_mask_shape(attention_mask: torch.Tensor, inputs_embeds: torch.Tensor, past: Past) -> torch.Tensor:

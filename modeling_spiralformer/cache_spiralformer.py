@@ -259,9 +259,7 @@ def find_states(
         _start(cache, core, config, grids, inputs_embeds)
     states = [owner.state for owner in owners if owner.state is not None]
     check_states(states, grids, inputs_embeds.shape[0])
-    kept = states[0].rows.dtype
-    if inputs_embeds.is_floating_point() and inputs_embeds.dtype != kept:
-        raise ValueError(f"{CACHE_ARGUMENT} holds states in {kept}, but got an input in {inputs_embeds.dtype}.")
+    _check_dtype(states[0].rows.dtype, inputs_embeds)
     if static:
         check_room(states, inputs_embeds.shape[1])  # type: ignore[arg-type]  # each a StaticState
         return states
@@ -321,16 +319,27 @@ def _fit_token_layers(cache: Cache, config: SpiralFormerConfig, inputs_embeds: t
     if layers and layers[0].is_initialized:
         held = cache.batch_size if static else layers[0].keys.shape[0]
     # A static cache counts in a tensor, which is read where it must be alone.
-    unfinished = not is_torchdynamo_compiling() and getattr(cache, "unfinished", False)
-    if (held != rows or unfinished) and (is_torchdynamo_compiling() or cache.get_seq_length() > 0):
-        if unfinished:
-            raise ValueError(NOT_WHOLE)
+    if is_torchdynamo_compiling():
+        if held != rows:
+            raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
+        return
+    state: Any = cache  # what is kept of a call that began
+    if cache.get_seq_length() == 0:
+        fit_static_layers(cache, inputs_embeds) if static else restart(cache)
+        state.dtype = inputs_embeds.dtype
+    elif getattr(state, "unfinished", False):
+        raise ValueError(NOT_WHOLE)
+    elif held != rows:
         raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
+    _check_dtype(getattr(state, "dtype", None), inputs_embeds)
     if static:
-        fit_static_layers(cache, inputs_embeds)
         check_token_room(cache, inputs_embeds.shape[1])
-    elif cache.get_seq_length() == 0:
-        restart(cache)
+
+
+def _check_dtype(kept: torch.dtype | None, inputs_embeds: torch.Tensor) -> None:
+    """Refuses embeddings of another dtype than those before; None where nobody knows."""
+    if inputs_embeds.is_floating_point() and kept not in (None, inputs_embeds.dtype):
+        raise ValueError(f"{CACHE_ARGUMENT} holds states in {kept}, but got an input in {inputs_embeds.dtype}.")
 
 
 def begin_call(cache: Cache | None, states: list[ResolutionState], batch: Batch, every_row: bool) -> None:

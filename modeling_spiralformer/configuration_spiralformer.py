@@ -65,6 +65,8 @@ LEGACY_ROPE_NAMES = {
     "partial_rotary_factor": "partial_rotary_factor",
 }
 NESTED_ROPE_NAMES = LEGACY_ROPE_NAMES | {"type": "rope_type"}
+ROPE_DICTIONARIES = ("rope_parameters", "rope_scaling")
+KEPT_ROPE_PARAMETERS = ("rope_theta", "partial_rotary_factor")  # of a checkpoint that is loaded with others
 # Fields of other models whose layers see a window only: refused.
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window")
 # Fields that configurations from before the families of layers lack: they take their defaults without a warning.
@@ -324,6 +326,13 @@ class SpiralFormerConfig(PreTrainedConfig):
             logger.warning(f"SpiralFormerConfig: {fault}")
         # The library would set these, unread, beside the `rope_parameters` that they belong to, or drop them.
         unread = {name: kwargs.pop(name) for name in list(kwargs) if name in (*LEGACY_ROPE_NAMES, *WINDOW_FIELDS)}
+        # A dictionary would take the place of the saved one, and theta and the share of each head would be lost.
+        given = {name: kwargs.pop(name) for name in ROPE_DICTIONARIES if isinstance(kwargs.get(name), dict)}
+        if given:
+            named = {NESTED_ROPE_NAMES.get(name, name) for parameters in given.values() for name in parameters}
+            saved: dict = next((config_dict[name] for name in ROPE_DICTIONARIES if config_dict.get(name)), {})
+            kept = {name: saved[name] for name in KEPT_ROPE_PARAMETERS if name in saved and name not in named}
+            unread |= {"rope_scaling": None, **given, "rope_parameters": kept | given.get("rope_parameters", {})}
         return super().from_dict(config_dict | unread, **kwargs)
 
     @classmethod

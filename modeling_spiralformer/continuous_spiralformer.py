@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
@@ -316,7 +316,8 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         cache.num_blocks = self.continuous_batching_config.num_blocks = allocator.num_blocks
         scheduler: Any = processor.scheduler
         kind, room = type(scheduler), cache.max_tokens_read
-        scheduler.add_waiting_request = partial(add_if_it_fits, kind.add_waiting_request, scheduler, room)
+        add, vocab_size = kind.add_waiting_request, cast(SpiralFormerConfig, self.model.config).vocab_size
+        scheduler.add_waiting_request = partial(add_if_it_fits, add, scheduler, room, vocab_size)
         scheduler.clear_cancelled_requests = partial(
             drop_cancelled, kind.clear_cancelled_requests, scheduler, self.output_router
         )
@@ -350,15 +351,24 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         return added
 
 
-def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, state: RequestState) -> None:
+def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, vocab_size: int, state: RequestState) -> None:
     """Adds a request that a cache of so many tokens holds alone: another would end the loop, and all requests with it.
 
     A request without a count of new tokens ends where the cache does. The library fails the request of an error here.
 
     Raises:
-        `ValueError`: for a request that does not fit.
+        `ValueError`: for a request that does not fit, without a token, or with one that the model lacks.
     """
     prompt = len(state.initial_tokens)
+    if prompt == 0:  # it would be answered with the next token of another request
+        raise ValueError(
+            f"`input_ids` must hold at least one token, but those of request {state.request_id} are empty."
+        )
+    wrong = [token for token in state.initial_tokens if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"`input_ids` must be in [0, {vocab_size - 1}], but request {state.request_id} has {wrong[0]}."
+        )
     if state.max_new_tokens is None:
         state.max_new_tokens = max(1, room + 1 - prompt)
         state.__post_init__()  # reads the count

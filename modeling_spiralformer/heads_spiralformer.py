@@ -89,18 +89,51 @@ def read_labels(
         )
     kept = tokens[1] if logits_to_keep == 0 else min(logits_to_keep, tokens[1])
     name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
-    given = _numbers(name, given, floating=False).long()
+    given = _numbers(name, given, floating=False)
     if tuple(given.shape) != (tokens[0], kept):
         raise ValueError(
             f"`{name}` must have shape {(tokens[0], kept)}, one for each logit, but got {tuple(given.shape)}."
         )
-    read = {"labels": labels, name: given}
-    if not _is_readable(given):
-        return read
-    wrong = given[(given != ignored) & ((given < 0) | (given >= vocab_size))]
-    if wrong.numel():
-        raise ValueError(f"`{name}` must be in [0, {vocab_size - 1}], or {ignored}, but got {int(wrong[0])}.")
+    return {"labels": labels, name: _classes(name, given, vocab_size, ignored)}
+
+
+def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str | None) -> torch.Tensor:
+    """Labels of B rows as the library's loss takes them: classes in int64, or numbers.
+
+    Args:
+        labels: `(B,)` classes in integers of any dtype; else `(B, num_labels)` numbers, or `(B,)` of one label.
+        problem_type: of the configuration; None where the loss is to tell it by the labels.
+
+    Raises:
+        `ValueError`: for labels that do not go with the rows.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"`labels` must be a tensor, but got {type(labels).__name__}.")
+    shape, is_class = tuple(labels.shape), not labels.is_floating_point() and labels.dtype != torch.bool
+    if problem_type is not None:
+        is_class = problem_type == "single_label_classification"
+    wanted = [(rows,), (rows, 1)] if is_class or num_labels == 1 else [(rows, num_labels)]
+    if shape not in wanted:
+        raise ValueError(f"`labels` must have shape {' or '.join(map(str, wanted))}, but got {shape}.")
+    return _classes("labels", labels, num_labels) if is_class and num_labels > 1 else labels
+
+
+def read_positions_of_span(name: str, positions: Any, rows: int) -> torch.Tensor:
+    """Starts or ends of the spans of B rows, `(B,)` or `(B, 1)`, in int64. Raises `ValueError` for anything else."""
+    read = _numbers(name, positions, floating=False).long()
+    if tuple(read.shape) not in ((rows,), (rows, 1)):
+        raise ValueError(f"`{name}` must have shape {(rows,)} or {(rows, 1)}, but got {tuple(read.shape)}.")
     return read
+
+
+def _classes(name: str, given: torch.Tensor, count: int, ignored: int = -100) -> torch.Tensor:
+    """Classes below `count`, or `ignored`, in int64. Raises `ValueError` for others, where Python may look at them."""
+    given = given.long()
+    if _is_readable(given):
+        wrong = given[(given != ignored) & ((given < 0) | (given >= count))]
+        if wrong.numel():
+            raise ValueError(f"`{name}` must be in [0, {count - 1}], or {ignored}, but got {int(wrong[0])}.")
+    return given
 
 
 def _numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
@@ -170,4 +203,13 @@ def last_tokens(
     return (torch.arange(tokens[1], device=real.device, dtype=torch.int32) * real).argmax(-1)
 
 
-__all__ = ["check_kept", "check_last", "keep_positions", "last_tokens", "new_tokens", "read_labels"]
+__all__ = [
+    "check_kept",
+    "check_last",
+    "keep_positions",
+    "last_tokens",
+    "new_tokens",
+    "read_labels",
+    "read_positions_of_span",
+    "read_row_labels",
+]

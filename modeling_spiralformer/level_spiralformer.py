@@ -113,6 +113,8 @@ class ResolutionState:
 
     def store(self, latents: torch.Tensor, filled: FilledChunks) -> None:
         """Keeps the core's outputs `(R, K, D)` for the tokens that will read them."""
+        if self.cached:
+            latents = latents.to(self.tokens.dtype)  # of the embeddings, also where autocast rounds within a call
         if self.latents is None:
             self.first_latent = filled.first
             empty_shape = (self.tokens.shape[0], 0, latents.shape[-1])

@@ -63,6 +63,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -113,7 +114,16 @@ from .continuous_spiralformer import (
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
 from .flex_spiralformer import check_flex, unfused_on_cpu
-from .heads_spiralformer import check_kept, check_last, keep_positions, last_tokens, new_tokens, read_labels
+from .heads_spiralformer import (
+    check_kept,
+    check_last,
+    keep_positions,
+    last_tokens,
+    new_tokens,
+    read_labels,
+    read_positions_of_span,
+    read_row_labels,
+)
 from .layers_spiralformer import FAMILIES, make_layer, make_norm, make_rotary_embedding, name_peft_targets
 from .level_spiralformer import PackedState, ResolutionState
 from .paging_spiralformer import PagedState
@@ -930,9 +940,10 @@ class SpiralFormerForSequenceClassification(
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
         # Before the cache is written to.
-        check_last(
-            attention_mask, new_tokens(input_ids, inputs_embeds, self.config.hidden_size), self.config.pad_token_id
-        )
+        tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        check_last(attention_mask, tokens, self.config.pad_token_id)
+        if labels is not None:
+            labels = read_row_labels(labels, tokens[0], self.num_labels, self.config.problem_type)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, return_dict=True, **kwargs)
         logits = self.score(body.last_hidden_state)
@@ -985,18 +996,56 @@ class SpiralFormerForTokenClassification(SpiralFormerHead, GenericForTokenClassi
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Labels in all parts of an accumulated step, by which the loss is divided. Default: those of this call.
         """
+        if labels is not None:  # before the cache is written to
+            tokens = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+            labels = read_labels(labels, None, 0, tokens, self.num_labels, -100)["labels"]
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        outputs = super().forward(
-            input_ids, **given, **{CACHE_NAME: cache}, use_cache=use_cache, return_dict=True, **kwargs
+        body = self.model(input_ids, **given, cache=cache, use_cache=use_cache, return_dict=True, **kwargs)
+        logits, loss = self.score(self.dropout(body.last_hidden_state)), None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=body.hidden_states, attentions=body.attentions
         )
-        if labels is None:
-            return outputs
-        loss = self.loss_function(outputs.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, **outputs)
 
 
 class SpiralFormerForQuestionAnswering(SpiralFormerHead, GenericForQuestionAnswering, SpiralFormerPreTrainedModel):
     """SpiralFormer with a head for start and end of a span; the library's generic head."""
+
+    @takes_either_cache_name("cache")
+    @can_return_tuple
+    @wraps(GenericForQuestionAnswering.forward, assigned=())
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        cache (`Cache`, *optional*):
+            What earlier calls computed, as in a causal language model.
+        """
+        span: list[torch.Tensor] = []
+        if start_positions is not None and end_positions is not None:  # before the cache is written to
+            rows, _ = new_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+            ends = {"start_positions": start_positions, "end_positions": end_positions}
+            span = [read_positions_of_span(name, positions, rows) for name, positions in ends.items()]
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        body = self.model(input_ids, **given, cache=cache, return_dict=True, **kwargs)
+        start_logits, end_logits = self.qa_outputs(body.last_hidden_state).unbind(-1)
+        return QuestionAnsweringModelOutput(
+            loss=self.loss_function(start_logits, end_logits, *span, **kwargs) if span else None,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
 
 
 # The class that each Auto class stands for, here and in a saved `config.json`.

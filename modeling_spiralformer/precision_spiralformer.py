@@ -100,7 +100,7 @@ def read_precisions(
     for size, count in given.items():
         if size not in names:
             refuse("nbits", nbits, f"for some of the chunk sizes {sizes}; 1 is that of prelude and coda too")
-        if isinstance(count, bool) or count not in BITS:
+        if type(count) is not int or count not in BITS:
             refuse("nbits", nbits, f"one of {list(BITS)} for each chunk size; {FULL} keeps what the model computes")
         bits[names[size]] = count
     whole = isinstance(q_group_size, int) and not isinstance(q_group_size, bool)

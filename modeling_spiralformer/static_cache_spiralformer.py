@@ -343,11 +343,19 @@ class SpiralFormerStaticTokenLayer(UncroppableLayer):
     values: Any
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """As the library does; keys of another dtype, those of autocast, are kept in that of the first ones."""
+        """As the library does; keys of another dtype, those of autocast, are kept in that of the first ones.
+
+        What autocast rounded is read in the dtype of a call without it.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
-        return super().update(key_states, value_states, *args, **kwargs)
+        new = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        keys, values = super().update(*new, *args, **kwargs)
+        wider = (
+            torch.promote_types(keys.dtype, key_states.dtype),
+            torch.promote_types(values.dtype, value_states.dtype),
+        )
+        return keys.to(wider[0]), values.to(wider[1])
 
 
 class SpiralFormerStaticLatentLayer(LatentEntry, UncroppableLayer):

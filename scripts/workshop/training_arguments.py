@@ -167,10 +167,12 @@ def rows_per_step(training: TrainingArguments) -> int:
 
 
 def planned_steps(training: TrainingArguments, rows: int) -> int:
-    """Optimiser steps of a run over so many rows: `max_steps`, or `num_train_epochs` with what is left of each."""
+    """Optimiser steps of a run over so many rows: `max_steps`, or those of `num_train_epochs`."""
     if training.max_steps > 0:
         return training.max_steps
-    return math.ceil(training.num_train_epochs * math.ceil(rows / rows_per_step(training)))
+    per_batch = training.train_batch_size * training.world_size
+    batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
+    return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
 
 
 def parse_arguments(

@@ -296,6 +296,18 @@ def test_appending_to_right_padded_rows_is_refused():
 
 
 @torch.no_grad()
+def test_a_row_of_padding_alone_has_not_ended():
+    """Beside one that has: left by itself it begins."""
+    model, ids = small_model(chunk_sizes=[5, 3, 1], dtype=torch.float64), random_ids(2, 9)
+    mask = torch.tensor([[0] * 6, [1] * 4 + [0] * 2])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :6], attention_mask=mask, past_key_values=cache)
+    cache.batch_select_indices([0])
+    found = model(ids[:1, 6:], attention_mask=torch.tensor([[0] * 6 + [1] * 3]), past_key_values=cache).logits
+    assert (found - model(ids[:1, 6:], use_cache=False).logits).abs().max() < 1e-9
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("change", ["crop", "select", "reorder", "repeat"])
 def test_rows_that_no_longer_end_in_padding_go_on(change):
     """Cut back to where every row has tokens, or without the rows that ended."""
@@ -432,29 +444,40 @@ def test_a_cache_of_another_kind_is_refused_without_a_loop():
                 model(ids, past_key_values=DynamicCache(config=other))
 
 
+LOOP_OR_NOT = pytest.mark.parametrize(
+    "options", [{}, {"chunk_sizes": [], "num_core_layers": 0}], ids=["loop", "no loop"]
+)
+
+
+@LOOP_OR_NOT
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("static", [False, True])
-def test_states_of_another_dtype_are_refused(static):
-    model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
+def test_states_of_another_dtype_are_refused(static, other, options):
+    model, ids = small_model(dtype=torch.float32, **options), random_ids(2, 15)
     cache = new_cache(model, static, 20)
     with torch.no_grad():
         model(ids[:, :9], past_key_values=cache)
-        model.to(torch.bfloat16)
-        with pytest.raises(ValueError, match="holds states in torch.float32, but got an input in torch.bfloat16"):
+        model.to(other)
+        with pytest.raises(ValueError, match=f"holds states in torch.float32, but got an input in {other}"):
             model(ids[:, 9:], past_key_values=cache)
         cache.reset()
         logits = [model(part, past_key_values=cache).logits for part in ids.split([9, 1, 5], dim=1)]
-        assert cache.layers[0].keys.dtype == cache.layers[-2].keys.dtype == torch.bfloat16
+        assert cache.layers[0].keys.dtype == cache.layers[-1].keys.dtype == other
         assert (torch.cat(logits, dim=1) - model(ids, use_cache=False).logits).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("under", [[True] * 4, [False, True, True, True]], ids=["whole", "later"])
+UNDER = {"whole": [True] * 4, "later": [False, True, True, True], "first": [True, False, True, False]}
+
+
+@LOOP_OR_NOT
+@pytest.mark.parametrize("under", UNDER.values(), ids=UNDER.keys())
 @pytest.mark.parametrize("static", [False, True])
-def test_a_cache_under_autocast(static, under):
-    model, ids = small_model(dtype=torch.float32), random_ids(2, 15)
+def test_a_cache_under_autocast(static, under, options):
+    model, ids = small_model(dtype=torch.float32, **options), random_ids(2, 15)
     cache = new_cache(model, static, 20)
     with torch.no_grad():
         logits = []
-        for part, enabled in zip(ids.split([4, 5, 1, 5], dim=1), under, strict=True):
+        for part, enabled in zip(ids.split([6, 3, 1, 5], dim=1), under, strict=True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
                 logits.append(model(part, past_key_values=cache).logits)
         assert (torch.cat(logits, dim=1) - model(ids, use_cache=False).logits).abs().max() < 0.03

@@ -185,6 +185,8 @@ def test_a_view_has_its_own():
     ("options", "message"),
     [
         ({"nbits": 2}, r"`nbits` must be one of \[4, 8, 16\]"),
+        ({"nbits": 8.0}, r"`nbits` must be one of \[4, 8, 16\]"),
+        ({"nbits": {4: 8.0}}, r"`nbits` must be one of \[4, 8, 16\]"),
         ({"nbits": True}, "`nbits`"),
         ({"nbits": None}, "`nbits`"),
         ({"nbits": {4: 8.5}}, "`nbits`"),

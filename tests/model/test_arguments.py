@@ -5,7 +5,12 @@ import torch
 from support import large_weights, new_cache, pad_rows, random_ids, small_config, small_model
 from transformers import DynamicCache, StaticCache
 
-from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification
+from modeling_spiralformer import (
+    SpiralFormerForCausalLM,
+    SpiralFormerForQuestionAnswering,
+    SpiralFormerForSequenceClassification,
+    SpiralFormerForTokenClassification,
+)
 from modeling_spiralformer.cache_name_spiralformer import CHECKPOINTED_LAYERS_KEEP_CACHE
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 
@@ -437,14 +442,22 @@ def test_labels_go_with_the_logits_that_are_kept():
             assert (model(text, labels=text, shift_labels=shifted.to(dtype)).loss - loss).abs() < 1e-6
 
 
-@pytest.mark.parametrize("model_class", [SpiralFormerForCausalLM, SpiralFormerForSequenceClassification])
+HEADS = [
+    SpiralFormerForCausalLM,
+    SpiralFormerForSequenceClassification,
+    SpiralFormerForTokenClassification,
+    SpiralFormerForQuestionAnswering,
+]
+
+
+@pytest.mark.parametrize("model_class", HEADS)
 def test_a_configuration_that_asks_for_tuples_gets_them(model_class):
     model, text = large_weights(model_class(small_config(pad_token_id=0))).eval(), random_ids(2, 9)
-    expected = model(text).logits
+    expected = model(text)[0]
     model.config.return_dict = False
     found = model(text)
     assert isinstance(found, tuple) and torch.equal(found[0], expected)
-    assert torch.equal(model(text, return_dict=True).logits, expected)
+    assert torch.equal(model(text, return_dict=True)[0], expected)
 
 
 def test_a_full_static_cache_is_refused_by_name():

@@ -268,6 +268,22 @@ def test_rope_scaling_given_on_loading(tmp_path):
     assert scaled.config.rope_parameters["rope_theta"] == 10000.0
 
 
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_rotary_parameters_given_on_loading_keep_theta_and_share(name, tmp_path):
+    """Of a checkpoint with others than the defaults; a factor of 1 changes nothing."""
+    saved = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    model, ids = small_model(dtype=torch.float32, rope_parameters=saved), random_ids(1, 17)
+    model.save_pretrained(tmp_path)
+    for given in ({"rope_type": "linear", "factor": 1.0}, {"rope_type": "default"}):
+        loaded = SpiralFormerForCausalLM.from_pretrained(tmp_path, **{name: given})
+        assert loaded.config.rope_parameters == {**given, "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert AutoConfig.from_pretrained(tmp_path, **{name: given}).rope_parameters["rope_theta"] == 1e6
+    given = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    stretched = SpiralFormerForCausalLM.from_pretrained(tmp_path, **{name: given}).config.rope_parameters
+    assert stretched == {**given, "partial_rotary_factor": 0.5}
+
+
 def test_empty_schedule_builds_no_topology():
     model = small_model(chunk_sizes=[], num_core_layers=0)
     assert model.model.topology is None and not any("topology" in name for name in model.state_dict())

@@ -435,6 +435,20 @@ def test_a_request_that_the_cache_cannot_hold_fails_alone():
         assert results[number].generated_tokens == alone(model, requests[number][0], new)[0]
 
 
+@pytest.mark.parametrize(
+    "wrong, message", [([], "at least one token"), ([1, 999], "must be in [0, 60], but"), ([-1], "but request")]
+)
+def test_what_is_no_prompt_fails_alone(wrong, message):
+    """The library would answer an empty one with another request's token, and end all for an unknown id."""
+    model, good = make_model(), prompts()[:2]
+    results = [*model.generate_batch([good[0], wrong, good[1]], decoding(), settings()).values()]
+    by_text = {tuple(result.prompt_ids): result for result in results}
+    for prompt in good:
+        assert by_text[tuple(prompt)].generated_tokens == alone(model, prompt, NEW)[0]
+    failed = by_text[tuple(wrong)]
+    assert message in failed.error and failed.generated_tokens == []
+
+
 def test_adapters_that_are_chosen_by_row_are_refused():
     """As PEFT's `adapter_names` does it, by a hook on each layer: the rows of the flat batch are no requests."""
     pytest.importorskip("peft")

@@ -147,6 +147,61 @@ def test_what_a_head_returns(model_class):
     assert {"input_ids", "attention_mask", "labels", "inputs_embeds"} < set(signature(model.forward).parameters)
 
 
+TWO_ROWS = {"input_ids": TOKENS[:2, 4:9], "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+ROWS, TOKENS_, SPAN = (
+    SpiralFormerForSequenceClassification,
+    SpiralFormerForTokenClassification,
+    SpiralFormerForQuestionAnswering,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "targets", "message"),
+    [
+        (ROWS, {"labels": [0, 1]}, "`labels` must be a tensor, but got list"),
+        (ROWS, {"labels": torch.tensor([0, 1, 2])}, r"`labels` must have shape \(2,\) or \(2, 1\), but got \(3,\)"),
+        (ROWS, {"labels": torch.tensor([0, 3])}, r"`labels` must be in \[0, 2\], or -100, but got 3"),
+        (ROWS, {"labels": torch.zeros(2, 2)}, r"`labels` must have shape \(2, 3\), but got \(2, 2\)"),
+        (TOKENS_, {"labels": torch.zeros(2, 9).long()}, r"`labels` must have shape \(2, 5\)"),
+        (TOKENS_, {"labels": torch.zeros(2, 5)}, "`labels` must be a tensor of integers, but got torch.float"),
+        (TOKENS_, {"labels": torch.full((2, 5), 3)}, r"`labels` must be in \[0, 2\], or -100, but got 3"),
+        (
+            SPAN,
+            {"start_positions": torch.zeros(2), "end_positions": torch.zeros(2)},
+            "`start_positions` must be a tensor",
+        ),
+        (
+            SPAN,
+            {"start_positions": torch.zeros(2).long(), "end_positions": torch.zeros(3).long()},
+            r"`end_positions` must have shape \(2,\) or \(2, 1\), but got \(3,\)",
+        ),
+    ],
+)
+def test_labels_are_refused_before_the_cache_is_written_to(model_class, targets, message):
+    model = make_head(model_class).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(TOKENS[:2, :4], attention_mask=torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            model(**TWO_ROWS, past_key_values=cache, **targets)
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize(
+    ("model_class", "targets"),
+    [
+        (ROWS, {"labels": torch.tensor([0, 2])}),
+        (TOKENS_, {"labels": TOKENS[:2] % 3}),
+        (SPAN, {"start_positions": torch.tensor([0, 2]), "end_positions": torch.tensor([[1], [5]])}),
+    ],
+)
+def test_labels_may_be_integers_of_any_dtype(model_class, targets, dtype):
+    expected = make_head(model_class).eval()(TOKENS[:2], **targets).loss
+    given = {name: value.to(dtype) for name, value in targets.items()}
+    assert torch.equal(make_head(model_class).eval()(TOKENS[:2], **given).loss, expected)
+
+
 # -- label smoothing ------------------------------------------------------------------------------------------------
 
 

@@ -291,17 +291,22 @@ def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, steps
 
 @pytest.mark.parametrize(
     "settings, steps",
-    [({"max_steps": 7}, 7), ({"num_train_epochs": 2}, 10), ({"num_train_epochs": 0.5}, 3), ({"max_steps": 1}, 1)],
+    [
+        ({"max_steps": 7}, 7),
+        ({"num_train_epochs": 2}, 10),
+        ({"num_train_epochs": 0.5}, 3),
+        ({"num_train_epochs": 2, "dataloader_drop_last": True}, 10),
+        ({"num_train_epochs": 2, "dataloader_drop_last": True, "per_device_train_batch_size": 2}, 4),
+    ],
 )
 def test_the_steps_of_a_run_are_counted_as_trainer_counts_them(settings, steps, tmp_path):
-    """Nine rows, two a step."""
+    """Nine rows, two parts a step."""
     training = SpiralTrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
         report_to="none",
-        per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
-        **settings,
+        **{"per_device_train_batch_size": 1, **settings},
     )
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}] * 9
     trainer = Trainer(small_model(), training, train_dataset=rows)
