@@ -282,21 +282,38 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
 
     output_router: StoppingRouter
     tokenizer: PreTrainedTokenizerBase | None
+    asked: dict[str, dict]  # what it was made for
 
     @classmethod
     def made_by(
-        cls, make: Callable[[], ContinuousBatchingManager], tokenizer: PreTrainedTokenizerBase | None
+        cls,
+        make: Callable[[], ContinuousBatchingManager],
+        kept: "SpiralFormerBatchingManager | None",
+        asked: dict[str, dict],
+        new_tokens: int | None,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> "SpiralFormerBatchingManager":
         """The manager that the library makes, or the one that it had kept.
 
         Args:
-            tokenizer: that of stop strings.
+            asked: what `describe_asked` gives.
+            new_tokens: those of a request that does not say how many.
+            tokenizer: that of stop strings; None for the one that the kept manager has.
+
+        Raises:
+            `ValueError`: where the kept manager was made with other settings.
         """
+        if kept is not None:
+            check_kept_manager(kept, asked)
+            tokenizer = kept.tokenizer if tokenizer is None else tokenizer
         with these_blocks():
             manager: Any = make()
         if not isinstance(manager, cls):
             manager.__class__ = cls
             manager.output_router = StoppingRouter(super(cls, manager).cancel_request)
+            manager.asked = asked
+        manager.generation_config = copy.copy(manager.generation_config)
+        manager.generation_config.max_new_tokens = new_tokens
         manager.switch_to_cb_friendly_attn(manager.model)
         manager.tokenizer = tokenizer
         return manager
@@ -349,6 +366,43 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
             for text in texts:
                 self.output_router.forget(text)
         return added
+
+
+def describe_asked(generation: GenerationConfig, batching: ContinuousBatchingConfig) -> dict[str, dict]:
+    """What a manager is asked for, before the library writes what it finds into the settings.
+
+    How many new tokens there shall be is said to it with each request.
+    """
+    decoding = generation.to_dict() | {"max_new_tokens": None}
+    if decoding.get("eos_token_id") == -1:  # what the library writes for none
+        decoding["eos_token_id"] = None
+    return {"generation_config": decoding, "continuous_batching_config": dict(vars(batching))}
+
+
+def check_kept_manager(kept: SpiralFormerBatchingManager, asked: dict[str, dict]) -> None:
+    """Raises `ValueError` for settings that a kept manager would not follow."""
+    found = vars(kept.continuous_batching_config)  # the settings of the first call, with what the library found
+    for name, values in asked.items():
+        before = kept.asked[name]
+        if values != before and not (name == "continuous_batching_config" and values == found):
+            differing = sorted(
+                field for field in values.keys() | before.keys() if values.get(field) != before.get(field)
+            )
+            raise ValueError(
+                f"`{name}` must stay as it was where a manager is kept (`persistent_manager=True`), but differs in "
+                f"{differing}: call `destroy_cached_continuous_batching_manager()` first."
+            )
+
+
+def settle_attention(model: Any) -> None:
+    """Has the configuration of a model, or of a view, say how its layers attend, with no manager at work.
+
+    One that was not stopped leaves its attention by request, and a view's configuration may be out of date.
+    """
+    names = {by_request: usual for usual, (by_request, _) in BY_REQUEST.items()}
+    held = model.base_model.layer_config._attn_implementation
+    if (usual := names.get(held, held)) not in (held, None) or model.config._attn_implementation != usual:
+        model.set_attn_implementation(usual)
 
 
 def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, vocab_size: int, state: RequestState) -> None:
@@ -462,6 +516,8 @@ __all__ = [
     "check_decoding",
     "check_length",
     "default_batching",
+    "describe_asked",
     "prepare_batching",
+    "settle_attention",
     "these_blocks",
 ]

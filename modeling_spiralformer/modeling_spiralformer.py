@@ -109,7 +109,9 @@ from .continuous_spiralformer import (
     SpiralFormerBatchingManager,
     check_decoding,
     check_length,
+    describe_asked,
     prepare_batching,
+    settle_attention,
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
 from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
@@ -769,15 +771,17 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
 
         Raises:
             `NotImplementedError`: on a release of transformers before 5.23, whose paged cache is built otherwise.
-            `ValueError`: for a decoding method, or a setting, that it cannot follow.
+            `ValueError`: for a decoding method, or a setting, that it cannot follow, or that a kept manager would not.
         """
         decoding = self.generation_config if generation_config is None else generation_config
         tokenizer = TOKENIZER.get() if tokenizer is None else tokenizer
+        settle_attention(self)
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
         batching = prepare_batching(self.config, continuous_batching_config)
-        check_decoding(self, decoding, tokenizer)
-        make = super().init_continuous_batching
+        check_decoding(self, decoding, tokenizer or (kept and kept.tokenizer))
+        make, asked = super().init_continuous_batching, describe_asked(decoding, batching)
         return SpiralFormerBatchingManager.made_by(
-            lambda: make(generation_config, batching, workload_hints), tokenizer
+            lambda: make(generation_config, batching, workload_hints), kept, asked, decoding.max_new_tokens, tokenizer
         )
 
     def generate_batch(

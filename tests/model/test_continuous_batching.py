@@ -18,6 +18,7 @@ from transformers.generation import utils as generation_utils
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import continuous_api, initialization, requests, scheduler
 
+from modeling_spiralformer.cache_name_spiralformer import EAGER_READS_PAGES
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
     ALLOCATORS,
@@ -416,6 +417,61 @@ def test_a_cache_has_the_blocks_that_were_asked_for(options, page_size):
         at_once = cache.bytes_per_sector // allocator.bytes_per_block  # a sector is a multiple of 128 bytes
         assert batching.num_blocks == cache.num_blocks == at_once * math.ceil(5 / at_once)
         assert cache.max_tokens_read == cache.num_blocks * page_size
+
+
+def test_a_manager_that_is_kept_follows_its_settings_or_refuses_others():
+    model, texts = make_model(), prompts()[:2]
+    how, batching = decoding(), settings()
+    expected = [alone(model, text)[0] for text in texts]
+    try:
+        for given in (batching, batching, settings()):  # in which the library has written, and has not
+            found = model.generate_batch(texts, how, given, persistent_manager=True)
+            assert [result.generated_tokens for result in found.values()] == expected
+        fewer = model.generate_batch(texts, decoding(max_new_tokens=2), batching, persistent_manager=True)
+        assert [result.generated_tokens for result in fewer.values()] == [tokens[:2] for tokens in expected]
+        with pytest.raises(
+            ValueError, match=r"`generation_config` must stay .* differs in \['eos_token_id'\]: call `destroy"
+        ):
+            model.generate_batch(texts, decoding(eos_token_id=expected[0][0]), batching, persistent_manager=True)
+        with pytest.raises(
+            ValueError, match=r"`continuous_batching_config` must stay .* differs in \['max_batch_tokens"
+        ):
+            model.generate_batch(texts, how, settings(max_batch_tokens=49), persistent_manager=True)
+        assert model.config._attn_implementation == "sdpa"  # after a refusal too
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+    ended = model.generate_batch(texts[:1], decoding(eos_token_id=expected[0][0]), batching)
+    assert [result.generated_tokens for result in ended.values()] == [expected[0][:1]]
+
+
+def test_a_manager_that_was_kept_keeps_its_tokenizer(tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    text, how = prompts()[0], decoding(stop_strings=["never written"])
+    try:
+        first = model.generate_batch([text], how, settings(), tokenizer=tokenizer, persistent_manager=True)
+        again = model.generate_batch([text], how, settings(), persistent_manager=True)
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+    assert [r.generated_tokens for r in again.values()] == [r.generated_tokens for r in first.values()]
+
+
+def test_a_manager_that_was_never_stopped_is_in_nobodys_way():
+    model, text = make_model(), prompts()[0]
+    model.init_continuous_batching(decoding(), settings())
+    found = model.generate_batch([text], decoding(), settings())
+    assert [result.generated_tokens for result in found.values()] == [alone(model, text)[0]]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_view_leaves_the_attention_of_its_model_as_it_was():
+    if EAGER_READS_PAGES:
+        pytest.skip("eager attention is refused")
+    model, text = make_model(chunk_sizes=[8, 4, 2, 1]), prompts()[0]
+    view = model.with_schedule([4, 1])
+    model.set_attn_implementation("eager")  # the view's own configuration says sdpa still
+    found = view.generate_batch([text], decoding(), settings())
+    assert [result.generated_tokens for result in found.values()] == [alone(view, text)[0]]
+    assert model.config._attn_implementation == model.model.layer_config._attn_implementation == "eager"
 
 
 def test_a_request_that_the_cache_cannot_hold_fails_alone():
