@@ -1,6 +1,7 @@
 """Rings and branches of samples: counted by hand, read from finished runs, and shown in tables and pictures."""
 
 import hashlib
+import statistics
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,22 @@ def test_differences_are_paired_and_bold_where_they_are_resolved():
     assert row["1"] == ["-"] and FEWEST == 30  # 20 samples: fewer than are compared
     assert cells(to_plain, "looped-mesh")["2"][0].startswith("**+8.1 (")
     assert not any(line.startswith("| looped-mesh") for line in to_looped.splitlines())
+
+
+def test_validity_at_one_mix_counts_each_bin_as_the_training_molecules_do():
+    """Samples have more of the last bin than those molecules have; none has no ring, a tenth of those molecules."""
+    lines, hierarchy = made_up()
+    (table,) = tables_of(write(lines, hierarchy), "At one mix of ring bonds")
+
+    def mixed(name: str) -> list[float]:
+        return [(60 * counts[1] / 600 + 30 * counts[2] / 380) / 90 for counts in VALID[name]]
+
+    row = cells(table, "spiralformer-mesh")
+    assert row["at one mix, %"] == [f"{100 * statistics.fmean(mixed('spiralformer-mesh')):.1f}"]
+    assert row["valid, %"] == [f"{sum(map(sum, VALID['spiralformer-mesh'])) / 30:.1f}"] and row["seeds"] == ["3"]
+    pairs = [one - other for one, other in zip(mixed("spiralformer-mesh"), mixed("looped-mesh"), strict=True)]
+    assert row["above `looped-mesh`"][0].lstrip("*").startswith(f"{100 * statistics.fmean(pairs):+.1f} (")
+    assert cells(table, "looped-mesh")["above `looped-mesh`"] == ["-"]
 
 
 def test_runs_that_were_not_read_are_said_and_those_of_other_samples_refused():

@@ -74,6 +74,7 @@ def test_a_diverged_model_has_no_share_either():
     assert "`looped-mesh` diverged with seed 1" in text
     row = cells(section(text, "Results"), "looped-mesh")
     assert row["nats per token"] == ["diverged"] and row["valid"] == row["ring"] == ["-"]
+    assert row["of all samples"] == row["unique"] == ["-"]
 
 
 def test_every_prefix_of_a_store_gives_a_report_and_pictures(tmp_path):

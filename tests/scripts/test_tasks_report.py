@@ -76,6 +76,18 @@ def test_differences_are_paired_and_judged_in_loss_accuracy_and_by_class():
     assert "On validation loss the standard deviation" in text and "On accuracy, longer, the standard" in text
 
 
+def test_a_difference_that_rounds_to_nothing_is_not_bold():
+    """Where nearly all answers are right nothing scatters, and the interval is as narrow as its difference."""
+    found = lines()
+    for line in found:
+        missing = 10 if line["model"] == "spiralformer-mesh" else 0
+        line["accuracy"]["validation"]["depth 10"] = [50_000 - missing, 50_000]
+        line["accuracy"]["longer"]["depth 10"] = [50_000 - 10 * missing, 50_000]
+    short, longer = section(write(found), "To `plain-3`").split("Validation, by depth:")[1].split("Longer, by depth:")
+    assert cells(short, "spiralformer-mesh")["10"] == ["-0.0% ± 0.0"]
+    assert cells(longer, "spiralformer-mesh")["10"] == ["**-0.2% ± 0.0**"]
+
+
 def test_a_diverged_model_has_no_accuracy_either():
     text = write(lines(NATS | {"looped-mesh": [0.83, None, 0.83]}))
     assert "`looped-mesh` diverged with seed 1" in text

@@ -19,14 +19,15 @@ from modeling_spiralformer import SpiralFormerConfig
 from train_smiles_tokenizer import SmilesTokenizerArguments
 from train_smiles_tokenizer import main as write_tokenizer
 from workshop.experiments import runner as experiment_runner
-from workshop.experiments.hierarchy import Hierarchy
+from workshop.experiments.hierarchy import Hierarchy, check_tallies, read_samples
 from workshop.experiments.molecules_report import molecules_report
 from workshop.experiments.plan import Experiment, load_experiment
 from workshop.experiments.results import ExperimentResults
 from workshop.experiments.run import train_run
 from workshop.experiments.runner import check_molecules, make_tokenizer
-from workshop.experiments.store import read_lines
+from workshop.experiments.store import append_line, read_lines
 from workshop.molecules import judging, sampling
+from workshop.molecules.hierarchy import tally_by_validity
 from workshop.molecules.judging import SAMPLE_CLASSES, classify, judge
 from workshop.molecules.rows import make_rows, read_molecules
 from workshop.molecules.sampling import sample
@@ -365,6 +366,20 @@ def test_a_run_that_stopped_half_way_ends_with_the_same_loss_and_samples(trainin
     assert without_clock(again) == without_clock(whole)
     samples = [(tmp_path / name / planned.key / "samples.txt").read_text() for name in ("whole", "torn")]
     assert samples[0] == samples[1] and samples[0].count("\n") == 12 == whole["samples"]["count"]
+
+
+def test_a_diverged_run_is_a_result(data_dir, tmp_path):
+    """Without a sample: there is nothing to draw from."""
+    pytest.importorskip("rdkit")
+    plan = experiment(training={"max_grad_norm": 0.0})
+    run = plan.run("spiral", 0, 1e30)
+    (tmp_path / "runs").mkdir()
+    line = train_run(run, data_dir, tmp_path / "runs", make_tokenizer(plan, data_dir, tmp_path / "runs"), [].append)
+    assert line["nats_per_token"] == {"validation": None} and line["samples"]["count"] == 0
+    append_line(tmp_path / "runs.jsonl", line)  # JSON has no NaN
+    samples = tmp_path / "runs" / run.key / "samples.txt"
+    assert samples.read_text() == ""
+    assert read_samples(samples) == [] and check_tallies(tally_by_validity([], {}), line) is None
 
 
 def test_tokens_are_those_of_the_molecules_without_padding(data_dir, tmp_path):

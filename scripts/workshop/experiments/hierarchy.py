@@ -64,6 +64,18 @@ class Hierarchy:
                     found[seed] = valid / count
         return shares
 
+    def mixed_shares(self, model: ModelResults, name: str, training: Tally) -> dict[int, float]:
+        """
+        Seed -> valid share of samples if each bin were as frequent as among the training molecules. A bin without a
+        sample counts for nothing.
+        """
+        weights, shares = binned([training], name), {}
+        for seed, tallies in self.of(model).items():
+            counts = zip(weights, *(binned([tallies[part]], name) for part in ("samples", "valid")), strict=True)
+            known = [(weight, valid / count) for weight, count, valid in counts if count]
+            shares[seed] = sum(weight * valid for weight, valid in known) / sum(weight for weight, _ in known)
+        return shares
+
 
 def pooled(runs: dict[int, dict[str, Tally]], name: str) -> list[tuple[int, int]]:
     """For each bin the valid samples in it and all of them, those of all seeds together."""

@@ -35,16 +35,16 @@ COSTS = (
     "many molecules of mean length, without padding."
 )
 DIFFERENCES = (
-    "A model minus the reference with the same seed, so the same batches; mean ± standard error of the row's own "
-    "pairs. The 95% intervals are of Student's t, with one standard deviation for a whole table, and hold for each "
-    "row by itself. That of validity holds the noise of the samples too. The learning rate was chosen on the "
-    "validation molecules, in runs of their own."
+    "A model minus the reference with the same seed, so the same batches as far as both runs go; mean ± standard "
+    "error of the row's own pairs, that of validity in points. The 95% intervals are of Student's t, with one "
+    "standard deviation for a whole table, and hold for each row by itself. That of validity holds the noise of the "
+    "samples too. The learning rate was chosen on the validation molecules, in runs of their own."
 )
 
 
 def pooled_interval(model: ModelResults) -> str:
     """The 95% interval of the valid share of all samples of a model."""
-    if not model.runs:
+    if not model.runs or model.diverged_seeds:
         return NOTHING
     counts = [line["samples"] for line in model.runs.values()]
     valid, total = (sum(found[name] for found in counts) for name in ("valid", "count"))
@@ -53,8 +53,8 @@ def pooled_interval(model: ModelResults) -> str:
 
 
 def unique_share(model: ModelResults) -> Mean | None:
-    """Different molecules over valid samples; None without a run, or where a run has no valid sample."""
-    counts = [line["samples"] for line in model.runs.values()]
+    """Different molecules over valid samples; None without a run, where a run has no valid sample or diverged."""
+    counts = [] if model.diverged_seeds else [line["samples"] for line in model.runs.values()]
     return Mean.of([c["unique"] / c["valid"] for c in counts]) if counts and all(c["valid"] for c in counts) else None
 
 

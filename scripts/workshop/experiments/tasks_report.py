@@ -29,8 +29,10 @@ DIFFERENCES = (
     "pairs, that of accuracy in points. The 95% intervals are of Student's t, with one standard deviation for a whole "
     "column, and hold for each cell by itself: of twenty differences that are really 0, one is expected outside. The "
     "learning rate was chosen by the loss on validation rows, in runs of their own; accuracy chose nothing. By class, "
-    "a bold difference is one whose interval does not hold 0."
+    "a bold difference is one whose interval does not hold 0 and that is 0.1 points or more: where nearly all answers "
+    "are right nothing scatters."
 )
+SMALLEST_BOLD = 0.001
 
 
 def results_table(results: ExperimentResults) -> str:
@@ -74,9 +76,10 @@ def class_difference_tables(results: ExperimentResults, reference: str) -> list[
                 continue
             row = [model.name]
             for comparison in comparisons:
-                cell, interval = share_cell(comparison.mean(model.name), "+"), comparison.interval(model.name)
+                mean, interval = comparison.mean(model.name), comparison.interval(model.name)
                 outside = interval is not None and not interval[0] <= 0 <= interval[1]
-                row.append(f"**{cell}**" if outside else cell)
+                is_bold = mean is not None and outside and abs(mean.mean) >= SMALLEST_BOLD
+                row.append(f"**{share_cell(mean, '+')}**" if is_bold else share_cell(mean, "+"))
             rows.append(row)
         parts += [f"{split.capitalize()}, by {word}:", markdown_table(["model", *values(names)], rows)]
     return parts
