@@ -401,8 +401,7 @@ def settle_attention(model: Any) -> None:
     """
     names = {by_request: usual for usual, (by_request, _) in BY_REQUEST.items()}
     held = model.base_model.layer_config._attn_implementation
-    if (usual := names.get(held, held)) not in (held, None) or model.config._attn_implementation != usual:
-        model.set_attn_implementation(usual)
+    model.set_attn_implementation(names.get(held, held))
 
 
 def add_if_it_fits(add: Callable, scheduler: Scheduler, room: int, vocab_size: int, state: RequestState) -> None:

@@ -348,6 +348,11 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True) and Path(save_directory, DIGESTS_NAME).exists():
             write_digests(save_directory)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """As the library does, with the digests of what is uploaded: the repository may hold those of older files."""
+        write_digests(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Refuses the attention of engines with one paged cache per layer: SGLang can be told to ignore the flag."""
         if requested_attention in ("vllm", "sglang"):

@@ -148,6 +148,7 @@ def compare(arguments: ComparisonArguments, seed: int, blocks: dict[str, Dataset
     for name in chosen:
         if name not in makers:
             raise ValueError(f"`starts` must be among {list(makers)}, but got {name!r}.")
+        makers[name]()  # one that does not go with `config_overrides` is refused before the source is trained
     options = {"max_steps": arguments.source_steps, "learning_rate": arguments.source_learning_rate}
     trainer = make_trainer(source, arguments, blocks, seed, **options)
     trainer.train()

@@ -191,3 +191,19 @@ def test_code_in_weights_of_the_older_kind_is_not_run(folder, form, tmp_path):
     assert not trap.exists()
     pickle.loads(pickle.dumps(Harmful(trap)))
     assert trap.exists()  # the trap works
+
+
+def test_what_is_uploaded_has_the_digests_of_its_files(tmp_path, monkeypatch):
+    """Also where the folder, or the repository, has those of older files."""
+    model, uploaded = small_model(dtype=torch.float32), []
+    monkeypatch.setattr(
+        "transformers.utils.hub.PushToHubMixin._upload_modified_files",
+        lambda self, folder, *args, **kwargs: uploaded.append(read_digests(Path(folder))),
+    )
+    for old in ({}, {"model.safetensors": "0" * 64}):
+        model.save_pretrained(tmp_path)
+        (tmp_path / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in old.items()))
+        model._upload_modified_files(tmp_path, "me/model", {})
+    assert uploaded[0] == uploaded[1]
+    for name in ("model.safetensors", "config.json"):
+        assert uploaded[1][name] == digest(tmp_path / name)

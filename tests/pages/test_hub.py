@@ -61,7 +61,7 @@ def test_push_and_pull_where_the_package_is_installed(pushed, hub):
     assert len(shards) > 1 and "model.safetensors.index.json" in files
     assert files.keys() - set(shards) == CODE | {
         *("README.md", "config.json", "generation_config.json", "model.safetensors.index.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "SHA256SUMS"),
     }
     for name in CODE:
         assert files[name] == (ROOT / "modeling_spiralformer" / name).read_bytes(), name
