@@ -115,7 +115,9 @@ def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str |
     wanted = [(rows,), (rows, 1)] if is_class or num_labels == 1 else [(rows, num_labels)]
     if shape not in wanted:
         raise ValueError(f"`labels` must have shape {' or '.join(map(str, wanted))}, but got {shape}.")
-    return _classes("labels", labels, num_labels) if is_class and num_labels > 1 else labels
+    if not is_class or num_labels == 1:
+        return labels
+    return _classes("labels", _numbers("labels", labels, floating=False), num_labels)
 
 
 def read_positions_of_span(name: str, positions: Any, rows: int) -> torch.Tensor:
