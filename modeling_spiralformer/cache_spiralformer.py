@@ -32,7 +32,7 @@ from .chunking_spiralformer import ChunkGrid, FilledChunks
 from .configuration_spiralformer import LATENT_LAYER_TYPE, TOKEN_LAYER_TYPE, SpiralFormerConfig, processes_of
 from .level_spiralformer import LatentEntry, ResolutionState
 from .precision_spiralformer import DEFAULT_BITS, Precision, entry_sizes, read_precisions
-from .static_cache_spiralformer import check_room, check_token_room, fit_static_layers
+from .static_cache_spiralformer import check_room, check_size, fit_static_layers
 from .storage_spiralformer import append_columns, write_columns
 
 
@@ -318,22 +318,27 @@ def _fit_token_layers(cache: Cache, config: SpiralFormerConfig, inputs_embeds: t
     held = rows
     if layers and layers[0].is_initialized:
         held = cache.batch_size if static else layers[0].keys.shape[0]
-    # A static cache counts in a tensor, which is read where it must be alone.
-    if is_torchdynamo_compiling():
-        if held != rows:
-            raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
+    if is_torchdynamo_compiling():  # a static cache counts in a tensor, which a compiled call cannot look at
+        _check_rows(held, rows)
         return
     state: Any = cache  # what is kept of a call that began
-    if cache.get_seq_length() == 0:
+    columns = int(cache.get_seq_length())
+    if columns == 0:
         fit_static_layers(cache, inputs_embeds) if static else restart(cache)
         state.dtype = inputs_embeds.dtype
-    elif getattr(state, "unfinished", False):
-        raise ValueError(NOT_WHOLE)
-    elif held != rows:
-        raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
-    _check_dtype(getattr(state, "dtype", None), inputs_embeds)
+    else:
+        if getattr(state, "unfinished", False):
+            raise ValueError(NOT_WHOLE)
+        _check_rows(held, rows)
+        _check_dtype(getattr(state, "dtype", None), inputs_embeds)
     if static:
-        check_token_room(cache, inputs_embeds.shape[1])
+        check_size(columns + inputs_embeds.shape[1], layers[0].get_max_length())
+
+
+def _check_rows(held: int, rows: int) -> None:
+    """Refuses an input of another number of rows than the cache holds."""
+    if held != rows:
+        raise ValueError(f"{CACHE_ARGUMENT} holds {held} rows, but the input has {rows}.")
 
 
 def _check_dtype(kept: torch.dtype | None, inputs_embeds: torch.Tensor) -> None:
@@ -408,8 +413,8 @@ def check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: in
         raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
     if states[0].rows.unfinished:
         raise ValueError(NOT_WHOLE)
-    if not states[0].is_new and states[0].num_rows != rows:
-        raise ValueError(f"{CACHE_ARGUMENT} holds {states[0].num_rows} rows, but the input has {rows}.")
+    if not states[0].is_new:
+        _check_rows(states[0].num_rows, rows)
 
 
 class MovedCache:

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig, GenerationMode
@@ -312,6 +313,7 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
             manager.__class__ = cls
             manager.output_router = StoppingRouter(super(cls, manager).cancel_request)
             manager.asked = asked
+            MANAGERS.add(manager)
         manager.generation_config = copy.copy(manager.generation_config)
         manager.generation_config.max_new_tokens = new_tokens
         manager.switch_to_cb_friendly_attn(manager.model)
@@ -368,6 +370,9 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         return added
 
 
+MANAGERS: WeakSet[SpiralFormerBatchingManager] = WeakSet()  # those that were made, of all models
+
+
 def describe_asked(generation: GenerationConfig, batching: ContinuousBatchingConfig) -> dict[str, dict]:
     """What a manager is asked for, before the library writes what it finds into the settings.
 
@@ -398,9 +403,16 @@ def settle_attention(model: Any) -> None:
     """Has the configuration of a model, or of a view, say how its layers attend, with no manager at work.
 
     One that was not stopped leaves its attention by request, and a view's configuration may be out of date.
+
+    Raises:
+        `ValueError`: where one is at work, whose layers would attend otherwise from here on.
     """
+    layer_config = model.base_model.layer_config
+    at_work: list[Any] = [manager.model for manager in MANAGERS if manager.is_running()]
+    if any(other.base_model.layer_config is layer_config for other in at_work):
+        raise ValueError("A model must have one manager of continuous batching at work, but another runs: stop() it.")
     names = {by_request: usual for usual, (by_request, _) in BY_REQUEST.items()}
-    held = model.base_model.layer_config._attn_implementation
+    held = layer_config._attn_implementation
     model.set_attn_implementation(names.get(held, held))
 
 

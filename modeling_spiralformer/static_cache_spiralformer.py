@@ -458,16 +458,11 @@ def check_room(states: list[StaticState], length: int) -> None:
         torch._assert_async(states[0].column + length <= size, f"{CACHE_ARGUMENT} is full: see its max_cache_len")
         return
     _read_column(states)
-    _refuse_more(states[0].seen + length, size)
+    check_size(states[0].seen + length, size)
 
 
-def check_token_room(cache: Cache, length: int) -> None:
-    """The same for a static cache whose layers are all over tokens."""
-    if not is_torchdynamo_compiling():
-        _refuse_more(int(cache.get_seq_length()) + length, cache.layers[0].get_max_length())
-
-
-def _refuse_more(held: int, size: int) -> None:
+def check_size(held: int, size: int) -> None:
+    """Raises `ValueError` where a static cache of so many tokens would hold more."""
     if held > size:
         raise ValueError(f"{CACHE_ARGUMENT} is a static cache of max_cache_len {size}, but got token {held}.")
 
@@ -496,7 +491,7 @@ __all__ = [
     "StaticState",
     "Turn",
     "check_room",
-    "check_token_room",
+    "check_size",
     "fit_static_layers",
     "settle_states",
 ]

@@ -429,6 +429,11 @@ def test_a_manager_that_is_kept_follows_its_settings_or_refuses_others():
             assert [result.generated_tokens for result in found.values()] == expected
         fewer = model.generate_batch(texts, decoding(max_new_tokens=2), batching, persistent_manager=True)
         assert [result.generated_tokens for result in fewer.values()] == [tokens[:2] for tokens in expected]
+        manager = model.init_continuous_batching(decoding(max_new_tokens=3), batching)  # the one that was kept
+        manager.start()
+        manager.add_request(texts[0], "says no count")
+        assert manager.get_result("says no count", timeout=60).generated_tokens == expected[0][:3]
+        manager.stop(block=True, keep_for_next_session=True)
         with pytest.raises(
             ValueError, match=r"`generation_config` must stay .* differs in \['eos_token_id'\]: call `destroy"
         ):
@@ -461,6 +466,22 @@ def test_a_manager_that_was_never_stopped_is_in_nobodys_way():
     found = model.generate_batch([text], decoding(), settings())
     assert [result.generated_tokens for result in found.values()] == [alone(model, text)[0]]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_one_manager_of_a_model_is_at_work_at_a_time():
+    """The layers attend as the last one that was made or stopped has them."""
+    model, text = make_model(chunk_sizes=[8, 4, 2, 1]), prompts()[0]
+    first = model.init_continuous_batching(decoding(), settings())
+    first.start()
+    try:
+        for other in (model, model.with_schedule([4, 1])):
+            with pytest.raises(ValueError, match="one manager of continuous batching at work, but another runs"):
+                other.init_continuous_batching(decoding(), settings())
+        first.add_request(text, "text")
+        assert first.get_result("text", timeout=60).generated_tokens == alone(model, text)[0]
+    finally:
+        first.stop(block=True)
+    check(model, prompts()[:2], settings())
 
 
 def test_a_view_leaves_the_attention_of_its_model_as_it_was():

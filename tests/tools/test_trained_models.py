@@ -219,7 +219,7 @@ def test_a_part_is_quantised_and_the_others_are_not(workshop, name):
     model = trained_model(workshop, name)
     rows = make_rows(MOLECULES, TOKENIZER, 24)
     whole, _ = quantise(model, Weights(4))
-    figures, _ = compare_quantised_(model, TOKENIZER, rows, [Weights(4)], lambda: None)
+    figures, _ = compare_quantised_(model, TOKENIZER, rows, [Weights(4)])
     assert list(figures["parts"]) == parts_of(model) == list(PARTS[name])
     layers = []
     for part in PARTS[name]:

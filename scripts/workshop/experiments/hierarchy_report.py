@@ -25,7 +25,7 @@ READING = (
 
 
 MIXED = (
-    "How long samples are, and how many rings they have, hangs on the seed and on the last batches of a run "
+    "How long samples are, and how many rings they have, depends on the seed and on the last batches of a run "
     "([why](../experiments.md#molecules)). Runs of a seed with other numbers of steps end on other batches, and their "
     "validity differs for that alone. Here each bin of ring bonds counts as much as it does among the training "
     "molecules. Differences in points, paired over seeds, with 95% intervals as above; bold where 0 is outside. This "
@@ -69,10 +69,8 @@ def mixed_table(results: ExperimentResults, hierarchy: Hierarchy, training: Tall
     compared = {reference: Comparison.of(known, reference) for reference in results.references}
     rows = []
     for model in results.models:
-        counted, mixed = (
-            {seed: found[seed] for seed in shares[model.name]}
-            for found in (model.figures("valid"), shares[model.name])
-        )
+        mixed, valid = shares[model.name], model.figures("valid")
+        counted = {seed: valid[seed] for seed in mixed}
         cells = [f"{100 * statistics.fmean(found.values()):.1f}" if found else NOTHING for found in (counted, mixed)]
         cells += [difference_cell(compared[reference], model.name) for reference in results.references]
         rows.append([model.name, str(len(mixed)), *cells])

@@ -17,11 +17,10 @@ def outcome(trainer: Trainer, settings: dict, validation_file: str) -> dict:
     """
     rows = make_rows(read_molecules("validation", validation_file), trainer.processing_class, settings["block_size"])
     rows = rows.select(range(min(len(rows), settings["evaluation_blocks"])))
-    loss, options = finite(trainer.evaluate(rows)["eval_nats_per_token"]), settings["smiles"]
-    samples = (
-        []
-        if loss is None
-        else sample(
+    loss, samples = finite(trainer.evaluate(rows)["eval_nats_per_token"]), []
+    if loss is not None:
+        options = settings["smiles"]
+        samples = sample(
             trainer.model,
             trainer.processing_class,
             options["samples"],
@@ -30,7 +29,6 @@ def outcome(trainer: Trainer, settings: dict, validation_file: str) -> dict:
             options["top_k"],
             settings["block_size"],
         )
-    )
     text = "".join(f"{smiles}\n" for smiles in samples)
     (Path(trainer.args.output_dir) / "samples.txt").write_text(text, encoding="utf-8")
     return {"nats_per_token": {"validation": loss}, "samples": judge(samples)}

@@ -6,6 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from workshop.evaluation import load
+from workshop.experiments.report import NOTHING
 from workshop.experiments.trained import Trained
 from workshop.molecules.quantising import PARTS_WAY, Weights, compare_quantised, ratio
 from workshop.molecules.rows import make_rows
@@ -24,8 +25,9 @@ def quantise_all(trained: list[Trained], references: list[str], molecules: list[
             model, tokenizer = load(str(item.folder), str(item.folder))
             rows = make_rows(molecules, tokenizer, model.config.max_position_embeddings)
             counts = np.array([len(ids) - 1 for ids in rows["input_ids"]])
-            figures, gains[item.model, item.seed] = compare_quantised(model, tokenizer, rows, ways, progress.update)
+            figures, gains[item.model, item.seed] = compare_quantised(model, tokenizer, rows, ways)
             results.append({"model": item.model, "seed": item.seed, "key": item.line["key"], **figures})
+            progress.update()
     for found in results:
         own = gains[found["model"], found["seed"]]
         for way, figures in found["ways"].items():
@@ -82,7 +84,7 @@ def part_table(results: list[dict]) -> str:
     parts = list(dict.fromkeys(part for found in results for part in found["parts"]))
     rows = []
     for found in results:
-        changes = [change_cell(found["parts"][part]) if part in found["parts"] else "-" for part in parts]
+        changes = [change_cell(found["parts"][part]) if part in found["parts"] else NOTHING for part in parts]
         rows.append([found["model"], str(found["seed"]), *changes])
     return markdown_table([f"perplexity, %, {PARTS_WAY.name}, one part", "seed", *parts], rows)
 

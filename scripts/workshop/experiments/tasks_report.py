@@ -79,7 +79,8 @@ def class_difference_tables(results: ExperimentResults, reference: str) -> list[
                 mean, interval = comparison.mean(model.name), comparison.interval(model.name)
                 outside = interval is not None and not interval[0] <= 0 <= interval[1]
                 is_bold = mean is not None and outside and abs(mean.mean) >= SMALLEST_BOLD
-                row.append(f"**{share_cell(mean, '+')}**" if is_bold else share_cell(mean, "+"))
+                cell = share_cell(mean, "+")
+                row.append(f"**{cell}**" if is_bold else cell)
             rows.append(row)
         parts += [f"{split.capitalize()}, by {word}:", markdown_table(["model", *values(names)], rows)]
     return parts

@@ -5,7 +5,6 @@ torchao's int4 kernels need an accelerator: these weights are int4 in their valu
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -120,17 +119,12 @@ def compare_quantised(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     ways: list[Weights],
-    done: Callable[[], object],
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """
     Nats per token before and after each way of quantising, the difference with its interval, and the shares of the
     parameters; and for each way what each molecule gained in nats.
 
-    Args:
-        done: is called after each model that was evaluated.
-
-    Returns:
-        The differences of `PARTS_WAY` with each part of the body quantised alone are among the figures, as `parts`.
+    Among the figures, as `parts`, are the differences of `PARTS_WAY` with each part of the body quantised alone.
     """
     before = losses_of_rows(model, tokenizer, rows)
     figures: dict = {"nats_per_token": before[:, 0].sum() / before[:, 1].sum(), "ways": {}, "parts": {}}
@@ -147,5 +141,4 @@ def compare_quantised(
         quantised, _ = quantise(model, PARTS_WAY, part)
         after = losses_of_rows(quantised, tokenizer, rows)
         figures["parts"][part] = ratio(after[:, 0] - before[:, 0], before[:, 1])
-    done()
     return figures, gains
