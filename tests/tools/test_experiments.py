@@ -16,9 +16,10 @@ from experiment import main
 from modeling_spiralformer import SpiralFormerConfig
 from workshop.costs import count_costs, count_parameters, meta_model
 from workshop.experiments import plan as experiment_plan
+from workshop.experiments import run as run_module
 from workshop.experiments.matching import match_parameters, match_steps, parameters_per_unit
 from workshop.experiments.plan import Experiment, Run, config_fields, load_experiment
-from workshop.experiments.run import last_whole_checkpoint, train_run, training_arguments
+from workshop.experiments.run import Progress, last_whole_checkpoint, train_run, training_arguments
 from workshop.experiments.runner import Runner, held
 from workshop.experiments.store import append_line, drop_torn_line, read_lines
 from workshop.tokenizers import save_tokenizer, train_tokenizer
@@ -213,6 +214,13 @@ def test_a_field_that_came_later_is_part_of_a_key_only_where_it_differs(monkeypa
         ({"models": {"plain": {"training": 3}}}, "`training` of model 'plain'"),
         ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps"),
         ({"training": {"save_only_model": True}}, "save_only_model"),
+        ({"training": {"schedules": ["4"]}}, "schedules"),
+        ({"training": {"prediction_loss_only": True}}, "prediction_loss_only"),
+        ({"training": {"logging_strategy": "no"}}, "logging_strategy"),
+        (
+            {"models": {"plain": {"training": {"gradient_accumulation_steps": 2}}, "other": {}}},
+            "`gradient_accumulation_steps` must be the same for all models, but got {'other': 1, 'plain': 2}",
+        ),
         ({"budget": {"hours": 1}}, "budget"),
         ({"budget": {"flops": "1e9"}}, "budget"),
         ({"unknown": 1}, "unknown"),
@@ -223,6 +231,20 @@ def test_bad_plans_are_refused_by_name(changes, field, tmp_path):
     path.write_text(yaml.safe_dump(SMALL | changes), encoding="utf-8")
     with pytest.raises(ValueError, match=field):
         load_experiment(path)
+
+
+def test_what_the_runner_sets_itself_is_no_setting_of_a_plan(tmp_path, monkeypatch):
+    """A setting that is given twice would end each run at its start."""
+    given = {}
+
+    def keep(**settings):
+        given.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(run_module, "SpiralTrainingArguments", keep)
+    with pytest.raises(InterruptedError):
+        training_arguments(experiment().run("plain", 0, 1e-3), tmp_path)
+    assert len(given) > 15 and set(given) <= experiment_plan.RESERVED
 
 
 def test_a_plan_without_a_key_is_refused(tmp_path):
@@ -495,6 +517,36 @@ def test_accumulated_steps_keep_the_batch_and_other_devices_do_not(tmp_path, mon
     monkeypatch.setattr(type(arguments), "n_gpu", 2)
     with pytest.raises(ValueError, match="batch_size"):
         training_arguments(experiment().run("plain", 0, 1e-3), tmp_path)
+
+
+@pytest.mark.parametrize("text, blocks", [("0123456789 " * 21, 7), ("0123456789 " * 24, 8)])
+def test_accumulated_steps_are_whole_in_every_pass(text, blocks, data_dir, tokenizer, tmp_path, monkeypatch):
+    (data_dir / "train.txt").write_text(text)
+    rows, steps = [], []
+    forward, count = torch.nn.Embedding.forward, Progress.on_step_end
+
+    def record(module, ids):
+        rows.extend([len(ids)] * module.training)
+        return forward(module, ids)
+
+    def record_step(self, *arguments, **kwargs):
+        steps.append(sum(rows))
+        return count(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", record)
+    monkeypatch.setattr(Progress, "on_step_end", record_step)
+    plan = experiment(batch_size=4, training={"gradient_accumulation_steps": 4}, budget={"tokens": 1024})
+    results = train_run(plan.run("plain", 0, 1e-3), data_dir, tmp_path, tokenizer, [].append)
+    assert blocks // 4 < 8 == results["steps"]
+    assert set(rows) == {1} and steps == [4 * step for step in range(1, 9)]
+    assert results["tokens"] == 32 * sum(rows) == 1024
+
+
+def test_a_step_of_more_rows_than_there_are_is_refused(data_dir, tokenizer, tmp_path):
+    (data_dir / "train.txt").write_text("0123456789 " * 21)
+    run = experiment(batch_size=8).run("plain", 0, 1e-3)
+    with pytest.raises(ValueError, match="`batch_size` must be at most the training rows, 7, but got 8"):
+        train_run(run, data_dir, tmp_path, tokenizer, [].append)
 
 
 def test_a_diverged_run_is_a_result(data_dir, tokenizer, tmp_path):

@@ -257,6 +257,7 @@ def test_the_options_reach_the_sampler():
         ("C1CC(", "bracket"),
         ("C1CC", "ring"),
         ("C1CC2CC1", "ring"),
+        ("C%11CC", "ring"),
         ("[NH3+]C1CC", "ring"),
         ("CC(C)(C)(C)C", "valence"),
         ("c1cccc1", "valence"),
@@ -264,6 +265,9 @@ def test_the_options_reach_the_sampler():
         ("C11", "other"),
         ("C==C", "other"),
         ("", "other"),
+        (" CC", "other"),
+        ("CC\t", "other"),
+        ("CC foo", "other"),
     ],
 )
 def test_samples_are_counted_in_the_first_class_that_fits(smiles, kind):
@@ -393,9 +397,9 @@ def test_tokens_are_those_of_the_molecules_without_padding(data_dir, tmp_path):
     assert results["training_curve"][-1][0] == results["tokens"] == results["validation_curve"][-1][0]
 
 
-def runner_arguments(tmp_path, data_dir) -> list[str]:
+def runner_arguments(tmp_path, data_dir, **changes) -> list[str]:
     plan = tmp_path / "tiny.yaml"
-    plan.write_text(yaml.safe_dump(PLAN | {"sweep_budget": {"tokens": 104}, "seeds": [0]}), encoding="utf-8")
+    plan.write_text(yaml.safe_dump(PLAN | {"sweep_budget": {"tokens": 104}, "seeds": [0]} | changes), encoding="utf-8")
     words = ["--experiments", str(plan), "--data_dir", str(data_dir), "--lines", str(tmp_path / "runs.jsonl")]
     return [*words, "--runs_dir", str(tmp_path / "runs")]
 
@@ -412,6 +416,16 @@ class Here:
         future = Future()
         future.set_result(work(*arguments))
         return future
+
+
+def test_the_runner_goes_on_behind_a_run_that_diverged(data_dir, tmp_path, monkeypatch):
+    pytest.importorskip("rdkit")
+    monkeypatch.setattr(experiment_runner, "ProcessPoolExecutor", Here)
+    changes = {"learning_rates": [1e30, 1e-3], "training": {"max_grad_norm": 0.0}}
+    run_experiments(runner_arguments(tmp_path, data_dir, models={"plain": PLAN["models"]["plain"]}, **changes))
+    lines = read_lines(tmp_path / "runs.jsonl")
+    assert [line["learning_rate"] for line in lines] == [1e30, 1e-3, 1e-3]
+    assert [line["nats_per_token"]["validation"] is None for line in lines] == [True, False, False]
 
 
 def test_the_runner_sweeps_shortly_and_then_trains(data_dir, tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from documents import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from workshop.experiments.plan import load_experiment
 from workshop.tasks import rows as task_rows
 from workshop.tasks.dyck import Dyck, open_brackets, walk
 from workshop.tasks.hops import Hops, answers, chains
@@ -113,6 +115,8 @@ def test_a_closing_bracket_is_predicted_above_four_fifths_of_all_closing_ones():
             for name in ("all", f"distance {bin_of}", f"depth {len(stack)}"):
                 right[name] += closed
                 total[name] += 1
+    logits[:3] += 2000  # a softmax does not see what is added to all
+    logits[7:] -= 2000
     found = add_right([task.score(logits[:5], ids[:5]), task.score(logits[5:], ids[5:])])
     assert found == {name: [right[name], total[name]] for name in total} and 0 < right["all"] < total["all"]
     assert list(found)[0] == "all" and len(found) > 6
@@ -151,6 +155,16 @@ def test_hops_lie_anywhere_and_no_letter_is_the_likely_answer():
     assert len(ends) == 18  # places 2 to 19: the other pairs need 4 places, the last letter one
     assert max(ends.values()) < 800
     assert all(count / 4000 == pytest.approx(0.25, abs=0.03) for count in letters.values()) and len(letters) == 4
+
+
+def test_the_most_frequent_letter_is_right_as_often_as_the_pages_say():
+    plan = load_experiment(ROOT / "scripts" / "experiments" / "hops.yaml")
+    ids = np.stack([ids for ids, _ in draw_rows(plan.drawn, plan.evaluation_blocks)["validation"]])
+    frequent = np.array([np.bincount(row[2:-1]).argmax() for row in ids])
+    right = [f"{(frequent == ids[:, -1])[ids[:, 1] == hops + 2].mean():.0%}" for hops in (1, 2, 3, 4)]
+    for page in ("experiments.md", "results.md"):
+        text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+        assert f"in {right[0]}, {right[1]}, {right[2]} and {right[3]}" in text
 
 
 def test_a_row_is_the_number_of_hops_the_letters_and_the_answer():

@@ -17,6 +17,7 @@ from torchao.utils import TorchAOBaseTensor
 import compare_probes
 import compare_quantised
 from modeling_spiralformer import SpiralFormerForCausalLM
+from modeling_spiralformer.files_spiralformer import digest
 from workshop import padded_rows
 from workshop.experiments import trained
 from workshop.experiments.plan import load_experiment
@@ -65,9 +66,10 @@ def workshop(tmp_path_factory) -> Path:
     experiment = load_once(str(folder / "tiny.yaml"))
     runs = [(name, 0, rate, True) for name in MODELS for rate in SWEPT]
     runs += [(name, seed, 1e-2, False) for name in MODELS for seed in (0, 1)]
+    text = {"train": {}, "validation": {"sha256": digest(folder / "data" / "valid.txt")}}
     for index, (name, seed, rate, sweep) in enumerate(runs):
         run = experiment.run(name, seed, rate, sweep)
-        line = {"key": run.key, "model": name, "seed": seed, "text": {"train": {}}, "tokens": 104 if sweep else 416}
+        line = {"key": run.key, "model": name, "seed": seed, "text": text, "tokens": 104 if sweep else 416}
         line |= {"nats_per_token": {"validation": SWEPT[rate]}, "commit": "abcdef0123"}
         append_line(folder / "lines.jsonl", line)
         model = large_weights(SpiralFormerForCausalLM(experiment.model_config(name)), seed=index).float()
@@ -120,6 +122,11 @@ def test_what_is_not_there_is_refused(workshop, tmp_path, monkeypatch):
     (tmp_path / "lines.jsonl").write_text("".join(lines[1:2]))
     with pytest.raises(ValueError, match="`runs` must hold runs of a whole sweep"):
         load_trained(asked(workshop, runs=str(tmp_path / "lines.jsonl"), sweep=True))
+    with pytest.raises(FileNotFoundError, match="`data_dir` must hold valid.txt"):
+        load_trained(asked(workshop, data_dir=str(tmp_path)))
+    (tmp_path / "valid.txt").write_text("CCO\n")
+    with pytest.raises(ValueError, match="`data_dir` must hold the validation molecules of plain, seed 0"):
+        load_trained(asked(workshop, data_dir=str(tmp_path)))
     monkeypatch.setattr(trained, "load_experiment", lambda path: SimpleNamespace(smiles=None))
     with pytest.raises(ValueError, match="`experiment` must be on molecules"):
         load_trained(asked(workshop))

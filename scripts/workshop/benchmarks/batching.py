@@ -16,7 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from workshop.benchmarks.models import BenchmarkModel, ModelSize, models_of, plain_name
 from workshop.benchmarks.results import Ratio
-from workshop.costs import cache_layer_bytes, layer_equivalents
+from workshop.costs import layer_equivalents, promised_bytes
 from workshop.provenance import load, machine
 from workshop.tables import markdown_table
 
@@ -130,13 +130,12 @@ def measure_batching(
                 took, texts[name] = clocked(way)
                 seconds[name] += [took] if counted else []
                 progress.update()
-    promised = sum(cache_layer_bytes(spiral, PAGE))
     return results | {
         "tokens": {"prompts": sum(len(prompt) for prompt, _ in requests), "new": sum(new for _, new in requests)},
         "layer_equivalents": {name: layer_equivalents(model.config) for name, model in built.items()},
         "seconds": seconds,
         "equal_texts": sum(a == b for a, b in zip(texts["batched"], texts["padded"], strict=True)),
-        "block_bytes": {"held": batched.block_bytes, "keys and values": promised},
+        "block_bytes": {"held": batched.block_bytes, "keys and values": PAGE * promised_bytes(spiral.config, 4)},
         "load_at_end": load(),
     }
 
@@ -186,7 +185,7 @@ def report_batching(results: dict) -> str:
             "",
             f"- Time over {plain} in `generate_batch`, over the ratio of layer-equivalents ({ratio:.3f}): {over}.",
             f"- Texts equal to those of `generate()`: {results['equal_texts']} of {workload['requests']}.",
-            f"- Bytes of a block of {PAGE} tokens: {held:.0f}, of which keys and values by the formula {promised}: "
-            f"{held / promised:.3f}.",
+            f"- Bytes of a block of {PAGE} tokens: {held:.0f}, of which keys and values by the formula "
+            f"{promised:.0f}: {held / promised:.3f}.",
         ]
     )

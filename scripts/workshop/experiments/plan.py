@@ -37,13 +37,16 @@ FIRST_FIELDS = {
     *("layer_norm_eps", "attention_dropout", "hidden_dropout", "classifier_dropout", "initializer_range"),
     *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
 }
-# The runner sets these itself, from the plan, or so that a killed run can go on and every step is alike.
+# The runner sets these itself, from the plan, or so that a killed run can go on and every step is alike. Or its counts
+# of FLOPs, its losses and its curves rest on what they are.
 RESERVED = {
     *("output_dir", "max_steps", "num_train_epochs", "learning_rate", "seed", "data_seed"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "disable_tqdm"),
     *("dataloader_pin_memory", "dataloader_drop_last", "auto_find_batch_size", "do_train", "do_eval", "push_to_hub"),
-    *("save_only_model", "ignore_data_skip", "load_best_model_at_end"),
+    *("save_only_model", "ignore_data_skip", "load_best_model_at_end", "include_num_input_tokens_seen", "schedules"),
+    *("logging_strategy", "eval_delay", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches"),
+    *("include_for_metrics", "label_names"),
 }
 
 
@@ -125,6 +128,9 @@ class Experiment:
             raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {self.seeds}.")
         for training in (self.training, *(self.training_of(name) for name in self.models)):
             self._check_training(training)
+        parts = {name: self.training_of(name).get("gradient_accumulation_steps", 1) for name in self.models}
+        if len(set(parts.values())) > 1:  # a run that accumulates leaves out other rows of an epoch
+            raise ValueError(f"`gradient_accumulation_steps` must be the same for all models, but got {parts}.")
         self._check_smiles()
         self._check_task()
         for name in self.models:
@@ -174,7 +180,7 @@ class Experiment:
         for name in training:
             if name not in allowed:
                 raise ValueError(
-                    "`training` must name settings of SpiralTrainingArguments that the runner does not set itself, "
+                    "`training` must name settings of SpiralTrainingArguments that the runner leaves to a plan, "
                     f"but got {name!r}."
                 )
         # The values stay as they were written: keys of finished runs are digests of the settings.

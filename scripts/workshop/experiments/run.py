@@ -92,6 +92,21 @@ def training_arguments(run: Run, folder: Path) -> SpiralTrainingArguments:
     return arguments
 
 
+def keep_whole_steps(trainer: Trainer, batch_size: int) -> None:
+    """
+    Has an epoch hold whole steps of `batch_size` rows. A loader drops the rest where a step is one of its batches.
+    Where a step is several, Trainer would end an epoch with a step of fewer: there the last rows are left out.
+
+    Raises:
+        `ValueError`: where the training rows fill no step.
+    """
+    rows = len(trainer.train_dataset)
+    if rows < batch_size:
+        raise ValueError(f"`batch_size` must be at most the training rows, {rows}, but got {batch_size}.")
+    if trainer.args.gradient_accumulation_steps > 1:
+        trainer.train_dataset = trainer.train_dataset.select(range(rows - rows % batch_size))
+
+
 def train_to_end(trainer: Trainer, progress: Progress) -> None:
     """Trains, or goes on. Past its last step a run has nothing to go on with: Trainer would take one step more."""
     checkpoint = trainer.args.resume_from_checkpoint
@@ -165,6 +180,7 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
     folder = runs_folder / run.key
     folder.mkdir(parents=True, exist_ok=True)
     trainer, evaluate = prepare(run, data_dir, folder, tokenizer)
+    keep_whole_steps(trainer, settings["batch_size"])
     progress = Progress(run.flops / settings["steps"], report)
     trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)

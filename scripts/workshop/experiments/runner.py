@@ -270,7 +270,7 @@ def describe(line: dict) -> str:
         f"{name} {'diverged' if value is None else f'{value:.4f}'}" for name, value in losses(line).items()
     )
     unit = "nats per token" if "nats_per_token" in line else "bits per byte"
-    if "samples" in line:
+    if line.get("samples", {}).get("count"):  # a diverged model has none
         unit += f", {line['samples']['valid'] / line['samples']['count']:.1%} valid"
     settings = f"seed {line['seed']}, rate {line['learning_rate']:g}"
     return f"{line['experiment']}: {line['model']}, {settings}: {found} {unit}, {line['wall_seconds']:.0f} s"

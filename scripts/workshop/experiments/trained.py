@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_spiralformer.files_spiralformer import digest
 from workshop.experiments.plan import Experiment, load_experiment
 from workshop.experiments.report import short
 from workshop.experiments.store import read_lines, run_folder
@@ -52,17 +53,24 @@ def load_trained(arguments: TrainedArguments) -> tuple[Experiment, Path, list[Tr
     """
     The experiment, the file of its validation molecules, and its trained models in the order of the YAML.
 
-    Raises ValueError for an experiment that is not on molecules, a name that it lacks, or where nothing has run, and
-    FileNotFoundError where the model of a finished run is not there.
+    Raises ValueError for an experiment that is not on molecules, a name that it lacks, validation molecules other than
+    those of a run, or where nothing has run, and FileNotFoundError where they, or the model of a run, are not there.
     """
     experiment, lines = load_experiment(arguments.experiment), read_lines(arguments.runs)
     if experiment.smiles is None:
         raise ValueError(f"`experiment` must be on molecules, but {arguments.experiment} has no `smiles`.")
     if unknown := set(arguments.models) - set(experiment.models):
         raise ValueError(f"`models` must be of {list(experiment.models)}, but got {sorted(unknown)}.")
-    found = []
+    validation = Path(arguments.data_dir) / experiment.text["validation"]
+    if not validation.is_file():
+        raise FileNotFoundError(f"`data_dir` must hold {validation.name}, but {validation} is no file.")
+    read, found = digest(validation), []
     for name in arguments.models or experiment.models:
         for seed, line in chosen_runs(experiment, name, lines, arguments.sweep).items():
+            if line["text"]["validation"]["sha256"] != read:
+                raise ValueError(
+                    f"`data_dir` must hold the validation molecules of {name}, seed {seed}, but {validation} differs."
+                )
             folder = run_folder(arguments.runs_dir, line)
             if not folder.is_dir():
                 raise FileNotFoundError(
@@ -72,7 +80,7 @@ def load_trained(arguments: TrainedArguments) -> tuple[Experiment, Path, list[Tr
     if not found:
         kind = "runs of a whole sweep" if arguments.sweep else "whole runs"
         raise ValueError(f"`runs` must hold {kind} of {arguments.experiment}, but {arguments.runs} has none.")
-    return experiment, Path(arguments.data_dir) / experiment.text["validation"], found
+    return experiment, validation, found
 
 
 def describe_trained(trained: list[Trained]) -> str:

@@ -2,13 +2,11 @@
 Rings and branches of SMILES, counted in the string alone: RDKit reads only valid ones, and the others have both too.
 """
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from workshop.molecules.judging import BRACKET_ATOM, share
+from workshop.molecules.judging import BRACKET_ATOM, RING_DIGIT, share
 
-RING_DIGIT = re.compile(r"%\d\d|\d")
 # What is counted -> the first number of the last, open bin: 0.4% and 1.9% of the training molecules of ZINC are in it.
 LAST_BINS = {"rings": 6, "depth": 4}
 COUNTED = {"rings": "ring bonds", "depth": "nesting depth of branches"}

@@ -15,6 +15,7 @@ Figure = dict[str, float | list[float] | None]  # value and interval; None where
 SAMPLE_CLASSES = ("valid", "bracket", "ring", "valence", "other")
 CONFIDENCE = 0.95
 BRACKET_ATOM = re.compile(r"\[[^\]]*\]")
+RING_DIGIT = re.compile(r"%\d\d|\d")
 
 
 def check_rdkit() -> None:
@@ -25,11 +26,13 @@ def check_rdkit() -> None:
 
 def classify(smiles: str) -> str:
     """
-    One of SAMPLE_CLASSES, the first that fits: RDKit reads it; its parentheses do not match; a ring digit occurs an
-    odd number of times; RDKit parses it, but refuses its valences or aromatic rings; other.
+    One of SAMPLE_CLASSES, the first that fits: RDKit reads it; its parentheses do not match; a ring's number occurs an
+    odd number of times; RDKit parses it, but refuses its valences or aromatic rings; other, as is what holds blanks.
     """
     from rdkit import Chem
 
+    if re.search(r"\s", smiles):  # RDKit would read the rest as a name
+        return "other"
     if smiles and Chem.MolFromSmiles(smiles) is not None:
         return "valid"
     depth = 0
@@ -40,7 +43,7 @@ def classify(smiles: str) -> str:
     if depth:
         return "bracket"
     bonds = BRACKET_ATOM.sub("", smiles)  # digits in a bracket atom count hydrogens, isotopes and charges
-    if any(bonds.count(digit) % 2 for digit in "0123456789"):
+    if any(count % 2 for count in Counter(RING_DIGIT.findall(bonds)).values()):
         return "ring"
     return "valence" if smiles and Chem.MolFromSmiles(smiles, sanitize=False) is not None else "other"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import softmax
 
 from workshop.tasks.scoring import Right, bins, count_right
 from workshop.tokenizers import SPECIAL_IDS
@@ -24,7 +25,8 @@ class Dyck:
     """
     The language, and which of its strings a run sees. At depth 0 a string ends with probability 1/2, at full depth it
     closes, between them it opens or closes with 1/2 each; types are uniform. Strings of training and validation have
-    at most `longest` brackets, those of the split "longer" have more, and at most twice as many.
+    at most `longest` brackets, those of the split "longer" have more, and at most twice as many: there an end that
+    comes earlier is drawn again, as in the code of Hewitt et al.
     """
 
     types: int
@@ -70,8 +72,7 @@ class Dyck:
         """
         top, distance, depth = open_brackets(ids - FIRST, self.types, self.depth)
         asked = (top >= 0) & (ids != PAD)
-        closing = np.exp(logits[asked][:, FIRST + self.types : FIRST + 2 * self.types])
-        shares = closing / closing.sum(axis=1, keepdims=True)
+        shares = softmax(logits[asked][:, FIRST + self.types : FIRST + 2 * self.types], axis=1)
         right = shares[np.arange(len(shares)), top[asked]] > THRESHOLD
         return count_right(right, {"distance": bins(distance[asked]), "depth": depth[asked].astype(str)})
 
