@@ -136,10 +136,17 @@ def default_batching(config: SpiralFormerConfig) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(page_size=-(-page_size // period) * period)
 
 
+# Settings that ask for graphs, or for compilation; each interval of padding turns CUDA graphs on.
+GRAPHS = (
+    *("use_cuda_graph", "q_padding_interval_size", "kv_padding_interval_size"),
+    *("varlen_compile_config", "decode_compile_config", "default_compile_level"),
+)
+
+
 def prepare_batching(
-    config: SpiralFormerConfig, batching: ContinuousBatchingConfig | None
+    config: SpiralFormerConfig, batching: ContinuousBatchingConfig | None, generation: GenerationConfig
 ) -> ContinuousBatchingConfig:
-    """The settings of continuous batching: those given, or `default_batching`.
+    """The settings of continuous batching: those given, those in the generation configuration, or `default_batching`.
 
     Raises:
         `NotImplementedError`: on a release of transformers before 5.23.
@@ -159,6 +166,8 @@ def prepare_batching(
         )
     if processes_of(config) > 1:
         raise ValueError(f"`tp_size` must be 1 in continuous batching, but got {processes_of(config)}.")
+    if batching is None:  # the library still reads them there, and says that they belong elsewhere
+        batching = getattr(generation, "continuous_batching_config", None)
     if batching is None:
         return default_batching(config)
     period = math.lcm(*config.chunk_sizes)  # 1 without a loop
@@ -167,7 +176,7 @@ def prepare_batching(
             f"`page_size` must be a multiple of all chunk sizes {list(config.chunk_sizes)}, that is of {period}, but "
             f"got {batching.page_size}."
         )
-    for field in ("use_cuda_graph", "varlen_compile_config", "decode_compile_config", "default_compile_level"):
+    for field in GRAPHS:
         value = getattr(batching, field)
         if value not in (None, False, 0, (False, False)):
             raise ValueError(
@@ -186,6 +195,8 @@ NOT_LOOKED_AT: dict[str, tuple] = {
     "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
+    "token_healing": (None, False),
+    "compile_config": (None,),
 }
 
 
@@ -355,19 +366,27 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         """As the library does; `stop_strings` are those of this request, or of the generation configuration.
 
         Raises:
-            `ValueError`: for stop strings where the manager has no tokenizer.
+            `ValueError`: for an id that another request has, for stop strings where the manager has no tokenizer, for
+                the `max_length` of a generation configuration that gives no count of new tokens.
         """
+        check_length(self.generation_config, max_new_tokens)
         stop_strings = self.generation_config.stop_strings if stop_strings is None else stop_strings
-        if not stop_strings:
-            return super().add_request(input_ids, request_id, max_new_tokens, streaming, *args, **kwargs)
         request_id = request_id or f"req_{uuid.uuid4().hex}"
         texts = [request_id, *(f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))]
-        self.output_router.watch(texts, stop_strings, self.tokenizer, streaming)
-        added = super().add_request(input_ids, request_id, max_new_tokens, True, *args, **kwargs)
+        router = self.output_router
+        router.take(texts)
+        if stop_strings:
+            router.watch(texts, stop_strings, self.tokenizer, streaming)
+            streaming = True
+        added = super().add_request(input_ids, request_id, max_new_tokens, streaming, *args, **kwargs)
         if added is None:  # the library takes no more, and has said so
-            for text in texts:
-                self.output_router.forget(text)
+            router.forget(texts)
         return added
+
+    def stop(self, *args, **kwargs) -> None:
+        """As the library does. What it has not answered by then has no id any more."""
+        super().stop(*args, **kwargs)
+        self.output_router.taken.clear()
 
 
 MANAGERS: WeakSet[SpiralFormerBatchingManager] = WeakSet()  # those that were made, of all models
@@ -379,6 +398,7 @@ def describe_asked(generation: GenerationConfig, batching: ContinuousBatchingCon
     How many new tokens there shall be is said to it with each request.
     """
     decoding = generation.to_dict() | {"max_new_tokens": None}
+    decoding.pop("continuous_batching_config", None)  # where these settings may lie too
     if decoding.get("eos_token_id") == -1:  # what the library writes for none
         decoding["eos_token_id"] = None
     return {"generation_config": decoding, "continuous_batching_config": dict(vars(batching))}

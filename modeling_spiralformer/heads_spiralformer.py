@@ -98,10 +98,11 @@ def read_labels(
 
 
 def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str | None) -> torch.Tensor:
-    """Labels of B rows as the library's loss takes them: classes in int64, or numbers.
+    """Labels of B rows as the library's loss takes them: classes in int64, or floating numbers.
 
     Args:
-        labels: `(B,)` classes in integers of any dtype; else `(B, num_labels)` numbers, or `(B,)` of one label.
+        labels: `(B,)` classes in integers of any dtype, or `(B,)` numbers of one label; else `(B, num_labels)`
+            numbers, which may be integers or booleans.
         problem_type: of the configuration; None where the loss is to tell it by the labels.
 
     Raises:
@@ -109,14 +110,17 @@ def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str |
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` must be a tensor, but got {type(labels).__name__}.")
-    shape, is_class = tuple(labels.shape), not labels.is_floating_point() and labels.dtype != torch.bool
-    if problem_type is not None:
-        is_class = problem_type == "single_label_classification"
-    wanted = [(rows,), (rows, 1)] if is_class or num_labels == 1 else [(rows, num_labels)]
+    shape, is_number = tuple(labels.shape), labels.is_floating_point()
+    if problem_type is None:  # as the library's loss tells it
+        is_class = not is_number and labels.dtype != torch.bool
+        problem_type = "single_label_classification" if is_class else "multi_label_classification"
+        problem_type = "regression" if num_labels == 1 else problem_type
+    of_row = problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1)
+    wanted = [(rows,), (rows, 1)] if of_row else [(rows, num_labels)]
     if shape not in wanted:
         raise ValueError(f"`labels` must have shape {' or '.join(map(str, wanted))}, but got {shape}.")
-    if not is_class or num_labels == 1:
-        return labels
+    if problem_type != "single_label_classification":
+        return labels if is_number else labels.float()
     return _classes("labels", _numbers("labels", labels, floating=False), num_labels)
 
 

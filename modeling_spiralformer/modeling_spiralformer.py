@@ -49,7 +49,12 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.configuration_utils import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMode,
+)
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -782,7 +787,7 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         tokenizer = TOKENIZER.get() if tokenizer is None else tokenizer
         settle_attention(self)
         kept = getattr(self, "_cached_continuous_batching_manager", None)
-        batching = prepare_batching(self.config, continuous_batching_config)
+        batching = prepare_batching(self.config, continuous_batching_config, decoding)
         check_decoding(self, decoding, tokenizer or (kept and kept.tokenizer))
         make, asked = super().init_continuous_batching, describe_asked(decoding, batching)
         return SpiralFormerBatchingManager.made_by(
@@ -797,6 +802,9 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
         Raises:
             `NotImplementedError`, `ValueError`: as `init_continuous_batching`; for an option that has no effect.
         """
+        if "cache_implementation" in options:  # generate() comes here with "paged", and with all that it was given
+            kind = options["cache_implementation"]
+            raise ValueError(f"`cache_implementation` must not be {kind!r} in generate(): call generate_batch().")
         unknown = [*options.keys() - inspect.signature(super().generate_batch).parameters.keys() - {"max_new_tokens"}]
         if unknown:
             raise ValueError(
@@ -849,6 +857,14 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 f"`assistant_early_exit` must be None, but got {generation_config.assistant_early_exit}: there are no "
                 "early layers to leave at. Give an `assistant_model`."
             )
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"`prefill_chunk_size` must be >= 1, but got {chunk}.")
+        if chunk is not None and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "`prefill_chunk_size` must be None in assisted and prompt-lookup decoding, which read a prompt at "
+                f"once, but got {chunk}."
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -857,10 +873,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
             generation_config.cache_implementation = generation_config.cache_config = None
         kind = generation_config.cache_implementation or ""
         makes_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
-        if makes_cache and kind != "quantized" and generation_config.cache_config:
+        if (kind != "quantized" or not makes_cache) and generation_config.cache_config:
             raise ValueError(
-                "`cache_config` must be None where `cache_implementation` is not 'quantized', but got "
-                f"{generation_config.cache_config} with {generation_config.cache_implementation!r}."
+                "`cache_config` must be None where `cache_implementation` is not 'quantized' or generate() makes no "
+                f"cache, but got {generation_config.cache_config} with {generation_config.cache_implementation!r}."
             )
         if makes_cache and "offloaded" in kind and self.model.grids:
             raise ValueError(f"`cache_implementation` must not be {kind!r}: {NOT_OFFLOADED}")
@@ -872,8 +888,6 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """As the library does; what it cannot make a first call of is refused here, in the words of `generate()`."""
         cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
-        if generation_config.prefill_chunk_size is not None and generation_config.prefill_chunk_size < 1:
-            raise ValueError(f"`prefill_chunk_size` must be >= 1, but got {generation_config.prefill_chunk_size}.")
         if embeddings is not None and generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "`prefill_chunk_size` must be None with `inputs_embeds`, since generate() cuts ids alone, but got "
@@ -889,6 +903,10 @@ class SpiralFormerForCausalLM(SpiralFormerPreTrainedModel, GenerationMixin):
                 f"`{name}` must hold the {past} tokens of {CACHE_ARGUMENT} and at least one more, but got "
                 f"{given.shape[1]}. Ids of new tokens alone need an `attention_mask` of all columns, cached and new. "
                 "Where the cache holds the whole text, crop(-1) leaves its last token to be read."
+            )
+        if columns is not None and columns not in (given.shape[1], past + given.shape[1]):
+            raise ValueError(
+                f"`attention_mask` must have {past + given.shape[1]} columns, one for each token, but got {columns}."
             )
         static = cache is not None and cache.is_compileable
         if static and generation_config.prefill_chunk_size is not None:

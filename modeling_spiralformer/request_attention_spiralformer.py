@@ -113,10 +113,11 @@ def by_request(usual: str, fused: bool) -> Callable:
     return attention
 
 
-# The attention that layers have otherwise -> that which they have while requests are batched, and its name.
+# The attention that layers have otherwise -> that which they have while requests are batched, and its name. The name
+# is of this module, so that each copy of the code has one that takes its own `RequestAttention`.
 BY_REQUEST = {
-    "sdpa": ("sdpa_by_request", by_request("sdpa", fused=True)),
-    "eager": ("eager_by_request", by_request("paged|eager", fused=False)),
+    "sdpa": (f"sdpa_by_request_of_{__name__}", by_request("sdpa", fused=True)),
+    "eager": (f"eager_by_request_of_{__name__}", by_request("paged|eager", fused=False)),
 }
 
 

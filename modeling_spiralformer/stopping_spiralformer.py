@@ -37,6 +37,17 @@ class StoppingRouter(OutputRouter):
         super().__init__()
         self.cancel = cancel
         self.watched: dict[str, tuple[StopStringCriteria, bool]] = {}
+        self.taken: set[str] = set()
+
+    def take(self, request_ids: list[str]) -> None:
+        """Keeps ids for requests until they end. The library would mix two requests of one id up, and end its loop.
+
+        Raises:
+            `ValueError`: for an id that a request has.
+        """
+        if taken := sorted(self.taken.intersection(request_ids)):
+            raise ValueError(f"`request_id` must be one that no request has, but got {taken[0]!r}.")
+        self.taken.update(request_ids)
 
     def watch(
         self,
@@ -51,22 +62,25 @@ class StoppingRouter(OutputRouter):
             `ValueError`: without a tokenizer.
         """
         if tokenizer is None:
+            self.forget(request_ids)
             raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
         criteria = StopStringCriteria(tokenizer, stop_strings)
         self.watched |= dict.fromkeys(request_ids, (criteria, streaming))
 
-    def forget(self, request_id: str) -> None:
-        """Looks at this request no more."""
-        self.watched.pop(request_id, None)
+    def forget(self, request_ids: list[str]) -> None:
+        """Looks at these requests no more; their ids are free."""
+        for request_id in request_ids:
+            self.watched.pop(request_id, None)
+        self.taken.difference_update(request_ids)
 
     def drop(self, request_id: str) -> None:
         """Forgets a request that gets no more outputs, and who waits for them."""
-        self.forget(request_id)
+        self.forget([request_id])
         self.result_handlers.pop(request_id, None)
 
     def deliver(self, output: GenerationOutput) -> None:
         """As the library does; such an output is an error, and the request's last."""
-        self.forget(output.request_id)
+        self.forget([output.request_id])
         super().deliver(output)
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
@@ -75,16 +89,20 @@ class StoppingRouter(OutputRouter):
 
     def _goes_out(self, output: GenerationOutput) -> bool:
         criteria, streaming = self.watched.get(output.request_id, (None, True))
-        if criteria is None:
-            return True
-        seen = criteria.maximum_token_len  # the criteria look at no more: a long text costs no more than a short one
-        end = (output.prompt_ids[-seen:] + output.generated_tokens[-seen:])[-seen:]
-        if not output.is_finished() and criteria(torch.tensor([end]), None):
-            output.status, output.lifespan = RequestStatus.FINISHED, (output.lifespan[0], time.perf_counter())
-            self.cancel(output.request_id)
         if output.is_finished():
-            self.forget(output.request_id)
+            self.forget([output.request_id])
+        elif criteria is not None and ends(criteria, output):
+            output.status, output.lifespan = RequestStatus.FINISHED, (output.lifespan[0], time.perf_counter())
+            del self.watched[output.request_id]  # its id is free when the library has dropped it
+            self.cancel(output.request_id)
         return streaming or output.is_finished()
+
+
+def ends(criteria: StopStringCriteria, output: GenerationOutput) -> bool:
+    """Whether the text of a request has come to one of its stop strings."""
+    seen = criteria.maximum_token_len  # the criteria look at no more: a long text costs no more than a short one
+    end = (output.prompt_ids[-seen:] + output.generated_tokens[-seen:])[-seen:]
+    return bool(criteria(torch.tensor([end]), None))
 
 
 __all__ = ["StoppingRouter"]

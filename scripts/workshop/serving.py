@@ -5,18 +5,22 @@ It starts its manager with the settings of the first request, and gives later on
 
 import copy
 import dataclasses
+import uuid
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager
 
 from modeling_spiralformer import SpiralFormerForCausalLM
-from modeling_spiralformer.continuous_spiralformer import check_decoding, default_batching
+from modeling_spiralformer.continuous_spiralformer import check_decoding, check_length, default_batching
 from workshop.checkpoints import check_loaded
 
 # A manager has the processors that its settings name, whatever their values: a request brings its own.
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_k": 1, "top_p": 0.5, "stop_strings": None}
-GREEDY = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+GREEDY = {"temperature": 1.0, "top_k": 1, "top_p": 0.0}  # the last leaves one of those that are equally likely
+# What a request brings besides, and what says nothing of its tokens.
+BROUGHT = {*SAMPLING, "max_new_tokens", "max_length", "eos_token_id", "use_cache"}
+SILENT = {"bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 
 
 class ServedModel(SpiralFormerForCausalLM):
@@ -32,11 +36,26 @@ class ServedModel(SpiralFormerForCausalLM):
 def request_settings(generation: GenerationConfig, vocabulary: int) -> dict[str, Any]:
     """What `add_request` takes of the settings of a request."""
     sampled = {
-        "temperature": float(generation.temperature or 1.0),
+        "temperature": 1.0 if generation.temperature is None else float(generation.temperature),
         "top_k": generation.top_k or vocabulary,
-        "top_p": float(generation.top_p or 1.0),
+        "top_p": 1.0 if generation.top_p is None else float(generation.top_p),
     }
     return {**(sampled if generation.do_sample else GREEDY), "stop_strings": generation.stop_strings}
+
+
+def check_shared(shared: GenerationConfig, generation: GenerationConfig) -> None:
+    """Raises ValueError for a setting of one request that its manager would follow in all requests, or in none."""
+    usual = GenerationConfig._get_default_generation_params()
+    for name, value in generation.to_dict().items():
+        if value is None or name in BROUGHT | SILENT:
+            continue
+        of_all = getattr(shared, name, None)
+        of_all = usual.get(name) if of_all is None else of_all
+        if value != of_all:
+            raise ValueError(
+                f"`{name}` must be {of_all!r}, as for all requests that are batched, but got {value!r}: a request has "
+                f"its own {', '.join(sorted(BROUGHT - {'use_cache', 'max_length'}))}."
+            )
 
 
 def check_followed(model: Any, generation: GenerationConfig, tokenizer: Any) -> None:
@@ -45,8 +64,15 @@ def check_followed(model: Any, generation: GenerationConfig, tokenizer: Any) -> 
 
     try:
         check_decoding(model, generation, tokenizer)
+        check_length(generation, None)
+        check_shared(model.generation_config, generation)
     except ValueError as error:
         raise HTTPException(status_code=422, detail=str(error)) from error
+
+
+def one_of_its_own(request_id: str) -> str:
+    """An id that no other request has: a client that asks again sends the same one."""
+    return f"{request_id}-{uuid.uuid4().hex}"
 
 
 class RequestManager:
@@ -71,24 +97,23 @@ class RequestBatching(CBGenerateManager):
     """
 
     def init_cb(self, model, gen_config) -> None:
-        """Starts the manager at the first request."""
-        shared = copy.deepcopy(gen_config)
+        """Starts the manager at the first request, with the model's settings: those of a request are its own."""
+        shared = copy.deepcopy(model.generation_config)
         shared.update(**SAMPLING)
-        check_followed(model, shared, None)
         batching = self._cb_config or default_batching(model.config)
         self._cb_config = dataclasses.replace(batching, per_request_processors=True)
         super().init_cb(model, shared)
 
-    def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
         """As the library's, with the request's settings."""
-        bound = self._of_request(model, processor, gen_config)
-        return CBGenerateManager.generate_streaming(bound, model, processor, inputs, gen_config, *args, **kwargs)
+        bound, name = self._of_request(model, processor, gen_config), one_of_its_own(request_id)
+        return CBGenerateManager.generate_streaming(bound, model, processor, inputs, gen_config, name, *args, **kwargs)
 
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
         """As the library's, with the request's settings."""
-        bound = self._of_request(model, processor, gen_config)
+        bound, name = self._of_request(model, processor, gen_config), one_of_its_own(request_id)
         return await CBGenerateManager.generate_non_streaming(
-            bound, model, processor, inputs, gen_config, *args, **kwargs
+            bound, model, processor, inputs, gen_config, name, *args, **kwargs
         )
 
     def _of_request(self, model, processor, gen_config) -> "RequestBatching":

@@ -210,14 +210,24 @@ def test_options_that_cannot_be_are_refused(options, message):
         )
 
 
-@pytest.mark.parametrize("kind", [None, "dynamic", "static"])
-def test_options_of_a_cache_that_is_not_quantised_are_refused(kind):
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"past_key_values": "one of its own"},
+    ],
+)
+def test_options_of_a_cache_that_is_not_quantised_are_refused(how):
+    model = small_model()
+    if "past_key_values" in how:
+        how = {"past_key_values": DynamicCache(config=model.config)}
     with pytest.raises(
         ValueError, match="`cache_config` must be None where `cache_implementation` is not 'quantized'"
     ):
-        small_model().generate(
-            random_ids(1, 9), cache_implementation=kind, cache_config={"nbits": 4}, max_new_tokens=2
-        )
+        model.generate(random_ids(1, 9), cache_config={"nbits": 4}, max_new_tokens=2, **how)
 
 
 @pytest.mark.parametrize("options", [{"backend": "quanto"}, {"residual_length": 64}, {"nbits": 4, "axis_key": 0}])

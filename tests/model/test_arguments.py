@@ -311,6 +311,21 @@ def test_new_tokens_alone_with_a_mask_of_all_columns(options):
 
 
 @schedule
+@pytest.mark.parametrize("columns", [7, 12])
+def test_a_mask_of_another_length_is_named(options, columns):
+    model, text = small_model(**options), random_ids(1, 9)
+    mask = torch.ones(1, columns, dtype=torch.long)
+    mask[0, 0] = 0
+    for given in (mask, torch.ones_like(mask)):  # of ones alone the library keeps the length
+        with pytest.raises(ValueError, match=f"`attention_mask` must have 9 columns, .* but got {columns}"):
+            model.generate(text, attention_mask=given, **SEARCH)
+    cache = filled(model, text[:, :4])
+    with pytest.raises(ValueError, match=f"`attention_mask` must have 13 columns, .* but got {columns}"):
+        model.generate(text, attention_mask=mask, past_key_values=cache, **SEARCH)
+    check_whole(cache, 4)
+
+
+@schedule
 def test_embeddings_are_not_read_in_chunks(options):
     model, (ids, mask) = small_model(**options), pad_rows([random_ids(1, 9)[0]], "left", total=12)
     embeddings = model.get_input_embeddings()(ids)

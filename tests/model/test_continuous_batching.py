@@ -1,6 +1,7 @@
 """Continuous batching: each request as it is alone, whatever runs beside it and wherever its blocks lie."""
 
 import asyncio
+import importlib.util
 import inspect
 import math
 import re
@@ -12,12 +13,13 @@ from batched_requests import LENGTHS, NEW, alone, check, counting_tokens, decodi
 from documents import ROOT
 from packaging import version
 from support import random_ids
-from transformers import AutoTokenizer, ContinuousBatchingConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, CompileConfig, ContinuousBatchingConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import stopping_criteria
 from transformers.generation import utils as generation_utils
 from transformers.generation.continuous_batching import cache as library_cache
 from transformers.generation.continuous_batching import continuous_api, initialization, requests, scheduler
 
+from modeling_spiralformer import request_attention_spiralformer
 from modeling_spiralformer.cache_name_spiralformer import EAGER_READS_PAGES
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid
 from modeling_spiralformer.continuous_spiralformer import (
@@ -313,7 +315,7 @@ def test_attention_is_put_back():
     """While there is a manager, and no longer, layers attend request by request; another call has its own mask."""
     model = make_model()
     manager = model.init_continuous_batching(decoding(), settings())
-    assert model.config._attn_implementation == "sdpa_by_request"
+    assert model.config._attn_implementation.startswith("sdpa_by_request")
     ids = torch.tensor(prompts((9,)))
     meanwhile = model(ids).logits
     manager.start()
@@ -343,6 +345,8 @@ def test_other_models_keep_their_blocks_meanwhile():
         ({"page_size": 26}, {}, "`page_size` must be a multiple of all chunk sizes .* of 4, but got 26"),
         ({"use_cuda_graph": True}, {}, "`use_cuda_graph` must be left out, but got True"),
         ({"use_cuda_graph": (False, True)}, {}, "`use_cuda_graph`"),
+        ({"q_padding_interval_size": 64}, {}, "`q_padding_interval_size` must be left out, but got 64"),
+        ({"kv_padding_interval_size": 64}, {}, "`kv_padding_interval_size`"),
         ({"default_compile_level": 1}, {}, "`default_compile_level`"),
         ({"varlen_compile_config": {"mode": "default"}}, {}, "`varlen_compile_config`"),
         ({}, {"num_beams": 3}, "decodes greedily or by sampling, but got beam_search"),
@@ -359,6 +363,8 @@ def test_other_models_keep_their_blocks_meanwhile():
         ({}, {"cache_implementation": "static"}, "`cache_implementation` must be None or 'paged' in"),
         ({}, {"output_scores": True}, "`output_scores` must be None or False in"),
         ({}, {"output_hidden_states": True}, "`output_hidden_states` must be None or False in"),
+        ({}, {"token_healing": True}, "`token_healing` must be None or False in"),
+        ({}, {"compile_config": CompileConfig()}, "`compile_config` must be None in"),
         (
             {},
             {"max_length": 9, "max_new_tokens": None},
@@ -370,6 +376,66 @@ def test_other_models_keep_their_blocks_meanwhile():
 def test_what_it_cannot_follow_is_refused(batching, generation, names):
     with pytest.raises(ValueError, match=names):
         make_model(chunk_sizes=[4, 1]).generate_batch([[3, 4, 5]], decoding(**generation), settings(**batching))
+
+
+def test_a_length_is_refused_where_a_request_gives_no_count():
+    model = make_model()
+    manager = model.init_continuous_batching(decoding(max_length=9, max_new_tokens=None), settings())
+    with pytest.raises(ValueError, match="`max_length` must be None in.*but got 9: give `max_new_tokens"):
+        manager.add_request([3, 4, 5])
+    manager.start()
+    try:
+        name = manager.add_request(prompts()[0], max_new_tokens=2)
+        assert manager.get_result(name, timeout=60).generated_tokens == alone(model, prompts()[0], 2)[0]
+    finally:
+        manager.stop(block=True)
+
+
+def test_generate_names_the_kind_of_cache_that_it_has_not():
+    with pytest.raises(ValueError, match=r"`cache_implementation` must not be 'paged' in generate\(\)"):
+        make_model().generate(torch.tensor([[3, 4, 5]]), cache_implementation="paged", max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:Passing ContinuousBatchingConfig:FutureWarning")
+def test_settings_may_lie_in_the_generation_configuration():
+    """As they did in earlier releases of the library."""
+    model, texts = make_model(chunk_sizes=[4, 1]), prompts()[:2]
+    try:
+        for _ in range(2):
+            how = decoding(continuous_batching_config=settings(return_logprobs=True))
+            found = model.generate_batch(texts, how, persistent_manager=True)
+            assert all(len(result.logprobs) == NEW for result in found.values())
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+    with pytest.raises(ValueError, match="`page_size` must be a multiple of all chunk sizes"):
+        model.generate_batch(texts, decoding(continuous_batching_config=settings(page_size=26)))
+
+
+@pytest.mark.parametrize("stops", [None, ["never written"]])
+def test_an_id_is_of_one_request_at_a_time(stops, tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    manager = model.init_continuous_batching(decoding(), settings(), tokenizer=tokenizer)
+    manager.add_request(prompts()[0], "x", stop_strings=stops)
+    with pytest.raises(ValueError, match="`request_id` must be one that no request has, but got 'x'"):
+        manager.add_request(prompts()[1], "x", stop_strings=stops)
+    manager.start()
+    try:
+        for _ in range(2):  # its id is free when it has ended
+            assert manager.get_result("x", timeout=60).generated_tokens == alone(model, prompts()[0])[0]
+            manager.add_request(prompts()[0], "x", stop_strings=stops)
+    finally:
+        manager.stop(block=True)
+    assert not manager.output_router.taken
+
+
+def test_copies_of_the_code_have_attention_of_their_own():
+    """Each takes its own objects in place of a mask, so they must not share a name."""
+    path = ROOT / "modeling_spiralformer" / "request_attention_spiralformer.py"
+    spec = importlib.util.spec_from_file_location("a_copy_of_request_attention", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    names = [{name for name, _ in module.BY_REQUEST.values()} for module in (copy, request_attention_spiralformer)]
+    assert len(names[0] | names[1]) == 4
 
 
 def test_an_option_that_the_library_would_drop_is_refused():

@@ -179,5 +179,12 @@ def test_generate_builds_the_cache_itself(options):
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_prefill_in_chunks_of_nothing_is_refused(size):
-    with pytest.raises(ValueError, match=f"`prefill_chunk_size` must be >= 1, but got {size}"):
-        small_model().generate(random_ids(1, 9), prefill_chunk_size=size, max_new_tokens=2)
+    for how in ({}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match=f"`prefill_chunk_size` must be >= 1, but got {size}"):
+            small_model().generate(random_ids(1, 9), prefill_chunk_size=size, max_new_tokens=2, **how)
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": small_model()}])
+def test_a_prefill_in_chunks_is_refused_where_none_is_made(how):
+    with pytest.raises(ValueError, match="`prefill_chunk_size` must be None in assisted and prompt-lookup decoding"):
+        small_model().generate(random_ids(1, 9), prefill_chunk_size=4, max_new_tokens=2, **how)

@@ -205,6 +205,31 @@ def test_labels_may_be_integers_of_any_dtype(model_class, targets, dtype):
     assert torch.equal(make_head(model_class).eval()(TOKENS[:2], **given).loss, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.int8, torch.bool, torch.double])
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_numbers_of_a_row_may_have_any_dtype(problem, count, dtype):
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]])[:, :count]
+    expected, model = (make_head(ROWS, num_labels=count, problem_type=problem).eval() for _ in range(2))
+    loss = model(TOKENS[:2], labels=labels.to(dtype)).loss
+    torch.testing.assert_close(loss.float(), expected(TOKENS[:2], labels=labels.float()).loss.float())
+    loss.backward()
+    if dtype == torch.bool and count == 3:  # without a problem's name they are several labels
+        model.config.problem_type = None
+        found = model(TOKENS[:2], labels=labels.bool()).loss
+        several = make_head(ROWS, num_labels=3, problem_type="multi_label_classification").eval()
+        torch.testing.assert_close(found, several(TOKENS[:2], labels=labels.float()).loss)
+
+
+def test_one_label_of_several_kinds_has_a_column():
+    model = make_head(ROWS, num_labels=1, problem_type="multi_label_classification").eval()
+    with pytest.raises(ValueError, match=r"`labels` must have shape \(2, 1\), but got \(2,\)"):
+        model(TOKENS[:2], labels=torch.ones(2))
+    model.config.problem_type = "single_label_classification"
+    with pytest.raises(ValueError, match=r"`labels` must be in \[0, 0\], or -100, but got 1"):
+        model(TOKENS[:2], labels=torch.ones(2, dtype=torch.long))
+
+
 # -- label smoothing ------------------------------------------------------------------------------------------------
 
 

@@ -349,6 +349,20 @@ def test_hidden_states_and_attentions():
     assert torch.equal(outputs.hidden_states[0], scaled)
 
 
+@pytest.mark.parametrize("coda", [0, 1])
+def test_the_last_hidden_state_is_the_normed_one(coda):
+    """In place of the last layer call's own: without a coda one of the core, or, where that rests, of the prelude."""
+    model = small_model(chunk_sizes=[4], num_core_layers=1, num_prelude_layers=1, num_coda_layers=coda)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for length, ran in ((10, 2 + coda), (1, 1 + coda)):
+            outputs = model.model(
+                random_ids(1, length), past_key_values=cache, output_hidden_states=True, use_cache=True
+            )
+            assert len(outputs.hidden_states) == 1 + ran
+            assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+
+
 def test_hidden_states_start_with_the_embeddings_without_a_prelude():
     model = small_model(chunk_sizes=[1, 1], num_prelude_layers=0)
     ids = random_ids(1, 6)

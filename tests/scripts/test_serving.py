@@ -1,7 +1,10 @@
 """Pipelines give what the model gives alone; `transformers serve` answers over HTTP; other engines are kept away."""
 
+import asyncio
+import contextlib
 import functools
 import json
+import re
 import shlex
 import threading
 import urllib.error
@@ -11,17 +14,20 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers
+from batched_requests import alone, make_model, settings
 from datasets import Dataset
 from documents import ROOT, blocks, commands
+from fastapi import HTTPException
 from http_server import ask, save_served, serving
 from packaging import version
-from support import large_weights, make_exact, small_config, small_model
+from support import large_weights, make_exact, random_ids, small_config, small_model
 from transformers import (
     AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorWithPadding,
+    GenerationConfig,
     TextIteratorStreamer,
     TextStreamer,
     Trainer,
@@ -33,6 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import serve
 from modeling_spiralformer import SpiralFormerForCausalLM, SpiralFormerForSequenceClassification, SpiralFormerModel
+from workshop.serving import RequestBatching
 
 PROMPTS = ["def read(path):", "x", "class Tree:\n    def __init__(self, left, right", "import os, sys", "é = 3"]
 NEW = 11
@@ -313,6 +320,94 @@ def test_a_setting_that_batches_do_not_follow_is_a_clients_error(served):
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(address, "/v1/completions", body)
     assert refused.value.code == 422 and "RepetitionPenaltyLogitsProcessor" in refused.value.read().decode()
+
+
+# What the tests above ask over HTTP, asked of the batches themselves.
+batches = pytest.mark.skipif(
+    not find_spec("transformers.generation.continuous_batching.cache_allocators"),
+    reason="needs transformers 5.23 or later",
+)
+
+
+@contextlib.contextmanager
+def batching(model):
+    """The server's batches, started by a request that is nothing like the others."""
+    found = RequestBatching(cb_config=settings())
+    found.init_cb(model, GenerationConfig(do_sample=True, temperature=3.0, max_new_tokens=2, eos_token_id=-1))
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def answered(found, model, tokenizer, ids: list[int], name: str = "x", **settings_of_request) -> list[int]:
+    how = GenerationConfig(**{"max_new_tokens": NEW, "eos_token_id": -1, **settings_of_request})
+    call = found.generate_non_streaming(model, tokenizer, {"input_ids": ids}, how, name)
+    return asyncio.run(asyncio.wait_for(call, timeout=60))[2]
+
+
+@batches
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"min_p": 0.9},
+        {"suppress_tokens": [5]},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"typical_p": 0.5},
+        {"max_length": 30},
+    ],
+    ids=str,
+)
+def test_a_setting_that_all_requests_would_share_is_a_clients_error(setting, tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    (name, value) = next(iter(setting.items()))
+    if name == "max_length":
+        setting = {**setting, "max_new_tokens": None}
+    with batching(model) as found:
+        with pytest.raises(HTTPException, match=f"`{name}` must be .*but got {re.escape(repr(value))}") as refused:
+            answered(found, model, tokenizer, [3, 4, 5], **setting)
+        assert refused.value.status_code == 422
+        ids = random_ids(1, 7, seed=7)[0].tolist()
+        same = {"num_beams": 1, "typical_p": 1.0, "num_return_sequences": 1, "pad_token_id": 3}
+        assert answered(found, model, tokenizer, ids, do_sample=False, **same) == alone(model, ids, NEW)[0]
+
+
+@batches
+def test_a_greedy_request_draws_nothing_where_tokens_are_equally_likely(tokenizer):
+    """As in bfloat16, where the best two often are."""
+    model = make_model(vocab_size=len(tokenizer))
+    ids = random_ids(1, 7, seed=7)[0].tolist()
+    with torch.no_grad():
+        for token in set(alone(model, ids, NEW)[0]):
+            model.lm_head.weight[token - 7] = model.lm_head.weight[token]
+    with batching(model) as found:
+        texts = {str(answered(found, model, tokenizer, ids, do_sample=False)) for _ in range(5)}
+    assert len(texts) == 1
+
+
+@batches
+def test_a_top_p_of_0_is_none_of_1(tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    ids = random_ids(1, 7, seed=7)[0].tolist()
+    with batching(model) as found:
+        sampled = {"do_sample": True, "temperature": 9.0, "top_k": 0}
+        assert answered(found, model, tokenizer, ids, **sampled) != alone(model, ids, NEW)[0]
+        assert answered(found, model, tokenizer, ids, **sampled, top_p=0.0) == alone(model, ids, NEW)[0]
+
+
+@batches
+def test_a_client_may_ask_again_with_the_same_id(tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    texts = [random_ids(1, length, seed=length)[0].tolist() for length in (7, 12, 5)]
+
+    async def ask_all(found):
+        how = GenerationConfig(max_new_tokens=NEW, eos_token_id=-1)
+        calls = [found.generate_non_streaming(model, tokenizer, {"input_ids": ids}, how, "x") for ids in texts]
+        return await asyncio.wait_for(asyncio.gather(*calls), timeout=60)
+
+    with batching(model) as found:
+        answers = asyncio.run(ask_all(found))
+    assert [answer[2] for answer in answers] == [alone(model, ids, NEW)[0] for ids in texts]
 
 
 @pytest.mark.processes
