@@ -384,9 +384,10 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         return added
 
     def stop(self, *args, **kwargs) -> None:
-        """As the library does. What it has not answered by then has no id any more."""
+        """As the library does, which may lose a request that a hard stop meets on its way to the loop."""
         super().stop(*args, **kwargs)
-        self.output_router.taken.clear()
+        if self.input_queue.empty() and not self.is_running():
+            self.output_router.taken.clear()
 
 
 MANAGERS: WeakSet[SpiralFormerBatchingManager] = WeakSet()  # those that were made, of all models

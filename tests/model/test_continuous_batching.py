@@ -401,8 +401,8 @@ def test_settings_may_lie_in_the_generation_configuration():
     """As they did in earlier releases of the library."""
     model, texts = make_model(chunk_sizes=[4, 1]), prompts()[:2]
     try:
-        for _ in range(2):
-            how = decoding(continuous_batching_config=settings(return_logprobs=True))
+        how = decoding(continuous_batching_config=settings(return_logprobs=True))
+        for _ in range(2):  # the library writes what it finds into the settings
             found = model.generate_batch(texts, how, persistent_manager=True)
             assert all(len(result.logprobs) == NEW for result in found.values())
     finally:
@@ -412,10 +412,12 @@ def test_settings_may_lie_in_the_generation_configuration():
 
 
 @pytest.mark.parametrize("stops", [None, ["never written"]])
-def test_an_id_is_of_one_request_at_a_time(stops, tokenizer):
+@pytest.mark.parametrize("hard_stop", [False, True])
+def test_an_id_is_of_one_request_at_a_time(hard_stop, stops, tokenizer):
     model = make_model(vocab_size=len(tokenizer))
     manager = model.init_continuous_batching(decoding(), settings(), tokenizer=tokenizer)
     manager.add_request(prompts()[0], "x", stop_strings=stops)
+    manager.stop()  # which has not begun: the request waits
     with pytest.raises(ValueError, match="`request_id` must be one that no request has, but got 'x'"):
         manager.add_request(prompts()[1], "x", stop_strings=stops)
     manager.start()
@@ -424,8 +426,8 @@ def test_an_id_is_of_one_request_at_a_time(stops, tokenizer):
             assert manager.get_result("x", timeout=60).generated_tokens == alone(model, prompts()[0])[0]
             manager.add_request(prompts()[0], "x", stop_strings=stops)
     finally:
-        manager.stop(block=True)
-    assert not manager.output_router.taken
+        manager.stop(block=True, hard_stop=hard_stop)
+    assert not manager.output_router.taken  # whether the last one was answered, failed or lost
 
 
 def test_copies_of_the_code_have_attention_of_their_own():

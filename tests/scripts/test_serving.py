@@ -333,7 +333,8 @@ batches = pytest.mark.skipif(
 def batching(model):
     """The server's batches, started by a request that is nothing like the others."""
     found = RequestBatching(cb_config=settings())
-    found.init_cb(model, GenerationConfig(do_sample=True, temperature=3.0, max_new_tokens=2, eos_token_id=-1))
+    first = {"do_sample": True, "temperature": 3.0, "suppress_tokens": [*range(3000)], "max_new_tokens": 2}
+    found.init_cb(model, GenerationConfig(**first, eos_token_id=-1))
     try:
         yield found
     finally:
