@@ -399,7 +399,6 @@ def describe_asked(generation: GenerationConfig, batching: ContinuousBatchingCon
     How many new tokens there shall be is said to it with each request.
     """
     decoding = generation.to_dict() | {"max_new_tokens": None}
-    decoding.pop("continuous_batching_config", None)  # where these settings may lie too
     if decoding.get("eos_token_id") == -1:  # what the library writes for none
         decoding["eos_token_id"] = None
     return {"generation_config": decoding, "continuous_batching_config": dict(vars(batching))}

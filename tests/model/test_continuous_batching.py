@@ -402,7 +402,7 @@ def test_settings_may_lie_in_the_generation_configuration():
     model, texts = make_model(chunk_sizes=[4, 1]), prompts()[:2]
     try:
         how = decoding(continuous_batching_config=settings(return_logprobs=True))
-        for _ in range(2):  # the library writes what it finds into the settings
+        for _ in range(2):
             found = model.generate_batch(texts, how, persistent_manager=True)
             assert all(len(result.logprobs) == NEW for result in found.values())
     finally:
