@@ -410,7 +410,9 @@ def _local_heads(config: SpiralFormerConfig) -> int:
 def check_states(states: list[ResolutionState], grids: list[ChunkGrid], rows: int) -> None:
     """Raises `ValueError` for states of another schedule or batch, or that an error left half written."""
     if [state.grid for state in states] != grids:
-        raise ValueError(f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts.")
+        raise ValueError(
+            f"{BUILT_FOR}, but got one built for other chunk sizes, offsets or shifts, or by another copy of the code."
+        )
     if states[0].rows.unfinished:
         raise ValueError(NOT_WHOLE)
     if not states[0].is_new:

@@ -169,8 +169,8 @@ resolution, `num_core_layers` shared layers that run once for each entry of `chu
 g tokens, and `num_coda_layers` layers at token resolution again.
 
 `num_hidden_layers` and `layer_types` follow from the schedule; they are read-only and never saved. Every impossible
-value raises `StrictDataclassError`, which names the field, the value and what is allowed, whenever the field is set.
-Fields that do not go together raise it in the constructor, in that of the model and on saving.
+value raises `StrictDataclassError` or `ValueError`, which names the field, the value and what is allowed, whenever the
+field is set. Fields that do not go together raise it in the constructor, in that of the model and on saving.
 """
 
 
@@ -246,6 +246,8 @@ class SpiralFormerConfig(PreTrainedConfig):
         Longest text the model is meant for, in tokens.
     use_parallel_residual (`bool`):
         Attention and MLP read the same state, as in `GPTNeoXConfig`. With GPT-NeoX alone.
+    dtype (`str` or `torch.dtype`, *optional*):
+        Floating-point dtype of the weights. Default that of the checkpoint; of a new model torch's default.
     """
 
     model_type = "spiralformer"

@@ -1085,7 +1085,7 @@ AUTO_CLASSES = {
 }
 
 # `Trainer` (label smoothing), the server, the model card and lm-eval ask these lists of names what a class is for. A
-# name loads nothing. docs/finetuning.md has every place that decides by one.
+# name loads nothing. docs/limits.md has every place that decides by one.
 for names, model_class in (
     (MODEL_MAPPING_NAMES, SpiralFormerModel),
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SpiralFormerForCausalLM),

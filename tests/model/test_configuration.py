@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ def test_defaults_are_the_160m_spiralformer_b():
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, None)
     assert (config.attention_dropout, config.hidden_dropout, config.classifier_dropout) == (0.0, 0.0, 0.1)
     assert config.scale_embeddings and config.share_core and not config.tie_word_embeddings
+
+
+def test_help_says_what_each_field_is():
+    """Of a field without a description the library gives one that it has, which may be of another model's field."""
+    entries = dict(re.findall(r"^    (\w+) \(.*\):\n\s+(.*)$", SpiralFormerConfig.__doc__, re.MULTILINE))
+    assert set(SpiralFormerConfig.__annotations__) <= set(entries) | {"model_type", "keys_to_ignore_at_inference"}
+    assert entries["dtype"].startswith("Floating-point dtype of the weights.")
 
 
 def test_derived_values_follow_the_schedule_and_cannot_be_set():
