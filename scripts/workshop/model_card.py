@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -151,6 +152,14 @@ class CardTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process saves its random state
         if self.args.should_save:
             write_digests(folder, CHECKPOINT_FILES)
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """As the library's, to the last row: `dataloader_drop_last` has steps of training in mind."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the library's; training draws the same random numbers after it, however often a run is evaluated."""

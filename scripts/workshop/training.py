@@ -43,6 +43,7 @@ from workshop.training_arguments import (
     DataArguments,
     ModelArguments,
     SpiralTrainingArguments,
+    check_steps,
     planned_steps,
 )
 
@@ -227,6 +228,7 @@ def run_job(trainer: CardTrainer, training: SpiralTrainingArguments) -> Trainer:
     if training.schedules and trainer.is_fsdp_enabled:
         raise ValueError("`schedules` must be left out with `fsdp`: the parts of a model cannot be sharded for each.")
     if training.do_train:
+        check_steps(training, len(trainer.train_dataset))
         run_training(trainer, training)
     if training.do_eval:
         run_evaluation(trainer)
