@@ -21,13 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_spiralformer  # noqa: F401  registers the Auto classes
 
@@ -87,6 +87,12 @@ def adapt(model: PreTrainedModel) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest that is whole: the Trainer writes its state last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
 def train(model: nn.Module, folder: Path, stage: str, steps: int, learning_rate: float) -> None:
     """One stage, from its last checkpoint where there is one."""
     settings = TrainingArguments(
@@ -109,9 +115,21 @@ def train(model: nn.Module, folder: Path, stage: str, steps: int, learning_rate:
     )
     curve = Curve(folder / "curve.json", stage)
     trainer = Trainer(model, settings, default_data_collator, data["train"], data["held out"], callbacks=[curve])
-    last = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(folder / stage)
+    if last is not None and last.name == f"checkpoint-{steps}":  # from where the Trainer would train one step more
+        trainer._load_from_checkpoint(str(last))
+        trainer.state.global_step = steps
+    else:
+        trainer.train(resume_from_checkpoint=last and str(last))
     trainer.evaluate()
+
+
+def save(folder: Path, *parts: PreTrainedModel | PreTrainedTokenizerBase) -> None:
+    """Under another name until all of it is there: a folder that was cut off is none."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for part in parts:
+        part.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def uptrain(name: str, folder: Path) -> None:
@@ -120,12 +138,11 @@ def uptrain(name: str, folder: Path) -> None:
     if arguments.adapter_steps and not adapted.is_dir():
         model = adapt(load(name))
         train(model, folder, "new parts and LoRA", arguments.adapter_steps, arguments.adapter_learning_rate)
-        model.merge_and_unload().save_pretrained(adapted)
+        save(adapted, model.merge_and_unload())
     if not done.is_dir():
         model = load(str(adapted) if arguments.adapter_steps else name)
         train(model, folder, "everything", arguments.max_steps, arguments.learning_rate)
-        model.save_pretrained(done)
-        tokenizer.save_pretrained(done)
+        save(done, model, tokenizer)
 
 
 set_seed(42)

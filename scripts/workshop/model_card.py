@@ -1,9 +1,11 @@
 """The card of a model: metadata for the Hub's search, and what a reader needs to use the model and to judge it."""
 
 import math
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -150,6 +152,22 @@ class CardTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process saves its random state
         if self.args.should_save:
             write_digests(folder, CHECKPOINT_FILES)
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """As the library's, to the last row: `dataloader_drop_last` has steps of training in mind."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the library's; training draws the same random numbers after it, however often a run is evaluated."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            metrics = super().evaluate(*args, **kwargs)
+            self._load_rng_state(folder)
+        return metrics
 
     def prediction_step(self, *args, **kwargs):
         """As the library's, without label smoothing: perplexity and bits per byte are made of the loss itself."""

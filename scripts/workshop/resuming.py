@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
@@ -32,7 +32,13 @@ TRAJECTORY = (
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "seed", "data_seed"),
     *("bf16", "fp16", "tf32", "use_liger_kernel", "accelerator_config"),
     *("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "schedules"),
-    "router_learning_rate_ratio",
+    *("router_learning_rate_ratio", "load_best_model_at_end"),
+)
+# And where the losses of evaluations choose the weights or, with these schedules, the learning rate.
+LED_BY_LOSSES = ("reduce_lr_on_plateau", "greedy")
+EVALUATIONS = (
+    *("eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "save_strategy", "save_steps"),
+    *("metric_for_best_model", "greater_is_better"),
 )
 # What a configuration says of its file and class, and what Trainer sets itself. None of it changes a training step.
 NOT_COMPARED = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
@@ -136,7 +142,8 @@ def check_whole(checkpoint: Path, training: SpiralTrainingArguments) -> None:
     file has other content than SHA256SUMS says.
     """
     saved = saved_record(checkpoint)
-    needed = [OPTIMIZER_NAME, SCHEDULER_NAME, *random_states(saved["processes"]), *[SCALER_NAME] * training.fp16]
+    scaled = training.fp16 or saved.get("mixed_precision") == "fp16"
+    needed = [OPTIMIZER_NAME, SCHEDULER_NAME, *random_states(saved["processes"]), *[SCALER_NAME] * scaled]
     if any(checkpoint.glob("optimizer_*/")) or (checkpoint / "optimizer.bin").is_file():  # of FSDP
         needed.remove(OPTIMIZER_NAME)
     missing = [name for name in needed if not (checkpoint / name).is_file()]
@@ -189,15 +196,20 @@ def describe_rows(rows: Dataset) -> str:
     return f"{len(rows)} rows of {tokens} tokens, sha256 {digest.hexdigest()[:16]}"
 
 
-def make_record(config: PreTrainedConfig, training: SpiralTrainingArguments, rows: Dataset) -> dict:
+def make_record(trainer: Trainer) -> dict:
     """Everything that decides the numbers of a run, as JSON has it."""
+    training, config = trainer.args, trainer.model.config
     settings = training.to_dict()
     record = {name: settings[name] for name in TRAJECTORY if name in settings}
+    record["mixed_precision"] = trainer.accelerator.mixed_precision  # which `accelerate launch` sets by itself too
+    if training.load_best_model_at_end or training.lr_scheduler_type in LED_BY_LOSSES:
+        record |= {name: settings[name] for name in EVALUATIONS}
+        record["validation text"] = None if trainer.eval_dataset is None else describe_rows(trainer.eval_dataset)
     record["data_seed"] = training.seed if training.data_seed is None else training.data_seed
     record["rows_at_once"] = training.train_batch_size
     record["processes"] = training.world_size
     record["rows_per_step"] = rows_per_step(training)
-    record["training text"] = describe_rows(rows)
+    record["training text"] = describe_rows(trainer.train_dataset)
     record["dtype"] = str(config.dtype).removeprefix("torch.")
     record["config"] = compared_fields(config)
     return json.loads(json.dumps(record, default=str))
@@ -288,6 +300,7 @@ class RunRecord(TrainerCallback, ExportableState):
                 state.max_steps,
                 self.planned_steps,
             )
+        state.compute_steps(args, state.max_steps)  # Trainer would log, evaluate and save as often as before
 
 
 def resume_checks(checkpoint: str, config: PreTrainedConfig, training: SpiralTrainingArguments) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -44,6 +43,7 @@ from workshop.training_arguments import (
     DataArguments,
     ModelArguments,
     SpiralTrainingArguments,
+    check_steps,
     planned_steps,
 )
 
@@ -139,6 +139,8 @@ def run_training(trainer: Trainer, training: SpiralTrainingArguments):
     except NothingLeftError:
         logger.info("step %d was the last: what it left is saved again", trainer.state.global_step)
         trainer.is_in_train, metrics = False, None
+        if training.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards, which `save_model` would leave at that
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
@@ -198,17 +200,17 @@ def make_trainer(
         router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
     if training.do_train:
-        trainer.add_callback(record_run(model.config, training, blocks["train"]))
+        trainer.add_callback(record_run(trainer))
     return trainer
 
 
-def record_run(config: PreTrainedConfig, training: SpiralTrainingArguments, blocks: Dataset) -> RunRecord:
+def record_run(trainer: CardTrainer) -> RunRecord:
     """What the run is, for its checkpoints; refused where it should go on from one of another run."""
-    record = RunRecord(make_record(config, training, blocks))
+    record, training, rows = RunRecord(make_record(trainer)), trainer.args, len(trainer.train_dataset)
     if training.resume_from_checkpoint is not None:
         checkpoint = Path(training.resume_from_checkpoint)
-        draws = draws_random_numbers(config, training)
-        check_record(checkpoint, record.record, draws, len(blocks), planned_steps(training, len(blocks)))
+        draws = draws_random_numbers(trainer.model.config, training)
+        check_record(checkpoint, record.record, draws, rows, planned_steps(training, rows))
         record.planned_steps = read_state(checkpoint)["max_steps"]
     return record
 
@@ -226,6 +228,7 @@ def run_job(trainer: CardTrainer, training: SpiralTrainingArguments) -> Trainer:
     if training.schedules and trainer.is_fsdp_enabled:
         raise ValueError("`schedules` must be left out with `fsdp`: the parts of a model cannot be sharded for each.")
     if training.do_train:
+        check_steps(training, len(trainer.train_dataset))
         run_training(trainer, training)
     if training.do_eval:
         run_evaluation(trainer)

@@ -153,6 +153,17 @@ class SpiralTrainingArguments(TrainingArguments):
         check_counts(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for schedule in self.schedules or []:
             read_schedule(schedule)
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` must be off, but got True: the rows of a step decide the numbers of a run. "
+                "Set a smaller `per_device_train_batch_size`."
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if self.push_to_hub and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be off with `push_to_hub`, but got True: an evaluation would round the weights "
+                    "that are pushed."
+                )
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": MIN_LR_RATE}
         # Perplexity and bits per byte are computed from the losses.
@@ -173,6 +184,18 @@ def planned_steps(training: TrainingArguments, rows: int) -> int:
     per_batch = training.train_batch_size * training.world_size
     batches = rows // per_batch if training.dataloader_drop_last else math.ceil(rows / per_batch)
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
+
+
+def check_steps(training: TrainingArguments, rows: int) -> None:
+    """Raises ValueError where a run over so many rows would train no step, and Trainer would not say so."""
+    if training.max_steps <= 0 and training.num_train_epochs == 0:
+        raise ValueError(f"`num_train_epochs` must be above 0, but got {training.num_train_epochs}.")
+    per_batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and rows < per_batch:
+        raise ValueError(
+            f"`dataloader_drop_last` must be off where the training rows fill no batch, but got True with {rows} rows "
+            f"for a batch of {per_batch}."
+        )
 
 
 def parse_arguments(

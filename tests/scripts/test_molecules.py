@@ -115,6 +115,13 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(more, data, tmp_path):
     assert 0 < evaluation["eval_nats_per_token"] < math.log(68)
 
 
+def test_weights_alone_are_evaluated_whatever_their_run_was(data, tmp_path):
+    train_molecules.main(flags(data, tmp_path))
+    resumed = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-8"), "--do_train", "False", "--seed", "1")
+    trainer = train_molecules.main(flags(data, tmp_path, *resumed, "--max_train_samples", "4"))
+    assert 0 < trainer.state.log_history[-1]["eval_nats_per_token"] < math.log(68)
+
+
 def test_one_process_spells_and_the_others_find_its_file(data, tmp_path, monkeypatch):
     """Two that wrote at once would cut each other's file off."""
     inside, spelled_inside = [], []

@@ -155,11 +155,29 @@ def test_the_default_corpus_is_split_by_file():
         (("--config_overrides", "chunk_sizes=[0]"), "chunk_sizes"),
         (("--block_size", "100000"), "block_size"),
         (("--train_file", "missing.txt"), "missing.txt"),
+        (("--auto_find_batch_size", "True"), "`auto_find_batch_size` must be off, but got True"),
+        (("--push_to_hub", "True", "--bf16_full_eval", "True"), "`bf16_full_eval` must be off with `push_to_hub`"),
+        (("--push_to_hub", "True", "--fp16_full_eval", "True"), "`fp16_full_eval` must be off with `push_to_hub`"),
+        (("--num_train_epochs", "0"), "`num_train_epochs` must be above 0, but got 0.0"),
+        (
+            ("--dataloader_drop_last", "True", "--max_train_samples", "7", "--max_steps", "1"),
+            "`dataloader_drop_last` must be off .* with 7 rows for a batch of 8",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(more, message, text_file, tmp_path):
     with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
         train.main(flags(text_file, tmp_path, *more))
+
+
+def test_an_evaluation_reads_the_last_rows_too(text_file, tmp_path):
+    """Where training drops those that fill no batch."""
+    dropped = ("--dataloader_drop_last", "True", "--per_device_eval_batch_size", "5", "--max_steps", "1")
+    trainer = train.main(flags(text_file, tmp_path, *dropped))
+    lengths = token_byte_lengths(TOKENIZER)[np.array(trainer.eval_dataset["input_ids"])[:, 1:]]
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(lengths) == 8 and evaluation["eval_bytes"] == lengths.sum()
+    assert len(trainer.get_train_dataloader()) == len(trainer.train_dataset) // 8
 
 
 def test_empty_text_is_refused(tmp_path):

@@ -56,6 +56,16 @@ def resume(text: str, checkpoint: Path, overrides: str = MODEL, **changes):
     )
 
 
+def change_record(checkpoint: Path, **changes) -> dict:
+    """Writes other values into the record of a checkpoint, and returns the record as it was."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text("utf-8"))
+    arguments = state["stateful_callbacks"]["RunRecord"]["args"]
+    before, arguments["record"] = arguments["record"], arguments["record"] | changes
+    path.write_text(json.dumps(state), encoding="utf-8")
+    return before
+
+
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -72,6 +82,27 @@ def test_weights_in_bfloat16_go_on_in_bfloat16(text, tmp_path):
     resumed = resume(text, tmp_path / "checkpoint-2", dtype="bfloat16").model.state_dict()
     assert {value.dtype for value in resumed.values()} == {torch.bfloat16}
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_evaluations_change_no_number_of_a_run(text, whole, tmp_path):
+    """Of one with dropout, also where only a part of it is evaluated."""
+    evaluated = {"eval_strategy": "steps", "eval_steps": "1", "validation_file": text, "max_eval_samples": "2"}
+    found = run(text, tmp_path, eval_on_start="True", **evaluated)
+    assert sum("eval_loss" in entry for entry in found.state.log_history) == 6  # before, and at the end
+    later = resume(text, tmp_path / "checkpoint-2")
+    for name, value in whole[0].items():
+        assert torch.equal(value, found.model.state_dict()[name]), name
+        assert torch.equal(value, later.model.state_dict()[name]), name
+
+
+def test_what_is_logged_evaluated_and_saved_follows_the_settings_of_the_run_that_goes_on(text, checkpoint):
+    evaluated = {"eval_strategy": "steps", "eval_steps": "1", "validation_file": text, "max_eval_samples": "1"}
+    first = resume(text, checkpoint, save_steps="1", **evaluated)
+    assert [entry["step"] for entry in first.state.log_history if "eval_loss" in entry] == [3, 4, 4]
+    saved = {path.name for path in (checkpoint.parent / "resumed").glob("checkpoint-*")}
+    assert saved == {"checkpoint-3", "checkpoint-4"}
+    second = resume(text, checkpoint, logging_steps="2")
+    assert [entry["step"] for entry in second.state.log_history if "loss" in entry] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("value", ["true", "True"])
@@ -169,9 +200,12 @@ def test_code_in_a_pickle_is_not_run(name, form, text, whole, checkpoint, tmp_pa
         )
 
 
-def test_half_precision_goes_on_with_its_scale(checkpoint):
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "recorded"])
+def test_half_precision_goes_on_with_its_scale(asked, checkpoint):
+    """`accelerate launch` may have asked for it."""
+    change_record(checkpoint, mixed_precision="no" if asked else "fp16")
     with pytest.raises(ValueError, match="must be a whole checkpoint, but .* lacks scaler.pt"):
-        resuming.check_whole(checkpoint, SimpleNamespace(fp16=True))
+        resuming.check_whole(checkpoint, SimpleNamespace(fp16=asked))
 
 
 def test_a_checkpoint_without_weights_or_folder_is_refused_by_its_name(text, checkpoint):
@@ -228,12 +262,50 @@ def test_a_configuration_that_was_changed_in_the_checkpoint_is_refused(text, che
         ({"per_device_train_batch_size": "1", "gradient_accumulation_steps": "2"}, "rows_at_once 2 in place of 1"),
         ({"schedules": "4,1"}, r"schedules None in place of \['4,1'\]"),
         ({"router_learning_rate_ratio": "0.5"}, "router_learning_rate_ratio None in place of 0.5"),
+        (
+            {"load_best_model_at_end": "True", "eval_strategy": "steps", "eval_steps": "2"},
+            "load_best_model_at_end False in place of True",
+        ),
         ({"max_train_samples": "5"}, "training text .* in place of '5 rows of 320 tokens"),
     ],
 )
 def test_settings_that_change_the_numbers_are_refused_by_name(changes, found, text, checkpoint):
     with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be of a run with the same settings.*{found}"):
         resume(text, checkpoint, **changes)
+
+
+def test_a_precision_that_accelerate_launch_sets_is_refused(text, checkpoint, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="has mixed_precision 'no' in place of 'bf16'"):
+        resume(text, checkpoint, use_cpu="True")
+
+
+@pytest.mark.parametrize(
+    "first, refused",
+    [
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}, True),
+        ({"load_best_model_at_end": "True"}, True),
+        ({}, False),
+    ],
+    ids=["rate", "weights", "nothing"],
+)
+def test_where_evaluations_decide_they_stay_as_they_were(first, refused, text, tmp_path):
+    evaluated = {
+        "validation_file": text,
+        "eval_strategy": "steps",
+        "eval_steps": "1",
+        "max_eval_samples": "2",
+        **first,
+    }
+    run(text, tmp_path, f"{SMALL},topology=anchor", **evaluated)
+    for changes, found in (
+        ({"max_eval_samples": "1"}, "validation text '2 rows .* in place of '1 rows"),
+        ({"eval_steps": "2"}, "eval_steps 1.0 in place of 2"),
+    ):
+        refusal = pytest.raises(ValueError, match=found)
+        with refusal if refused else contextlib.nullcontext():
+            resume(text, tmp_path / "checkpoint-2", f"{SMALL},topology=anchor", **{**evaluated, **changes})
+    resume(text, tmp_path / "checkpoint-2", f"{SMALL},topology=anchor", **evaluated)
 
 
 def test_rows_of_another_length_are_refused_by_their_number(text, checkpoint):
@@ -277,13 +349,9 @@ def test_without_dropout_the_rows_of_a_step_may_be_split_otherwise(text, tmp_pat
 @pytest.mark.parametrize("first", [False, True], ids=["then", "before"])
 def test_where_rows_fill_no_whole_number_of_steps_their_split_counts(rows, steps, changed, refused, first, checkpoint):
     """Two rows a step, in the run that goes on or in the one before; without dropout."""
-    path = checkpoint / "trainer_state.json"
-    state = json.loads(path.read_text("utf-8"))
-    record = state["stateful_callbacks"]["RunRecord"]["args"]["record"]
-    record["dataloader_drop_last"] = changed.get("dataloader_drop_last", False)
+    dropped = {"dataloader_drop_last": changed.get("dataloader_drop_last", False)}
+    record = change_record(checkpoint, **(dropped | (changed if first else {}))) | dropped
     other = {**record, **changed}
-    state["stateful_callbacks"]["RunRecord"]["args"]["record"] = other if first else record
-    path.write_text(json.dumps(state), encoding="utf-8")
     refusal = pytest.raises(ValueError, match="rows_at_once [12] in place of [12]")
     with refusal if refused else contextlib.nullcontext():
         resuming.check_record(checkpoint, record if first else other, draws=False, rows=rows, steps=steps)
@@ -343,6 +411,19 @@ def test_a_run_that_was_stopped_after_its_last_step_is_saved_and_evaluated(text,
         assert (tmp_path / "run" / name).read_bytes() == (whole[1] / name).read_bytes(), name
     with pytest.raises(ValueError, match="`max_steps` must be above 4, the step of the checkpoint, but got 3"):
         resume(text, last, max_steps="3")
+
+
+def test_a_run_that_was_stopped_after_its_last_step_saves_its_best_weights(text, tmp_path):
+    """Where the largest loss is called the best, it is the first."""
+    settings = {"load_best_model_at_end": "True", "eval_strategy": "steps", "eval_steps": "2"}
+    settings |= {"greater_is_better": "True", "validation_file": text, "max_eval_samples": "2"}
+    whole = run(text, tmp_path, **settings)
+    assert whole.state.best_global_step == 2 < whole.state.global_step
+    (tmp_path / "model.safetensors").unlink()
+    found = run(text, tmp_path, **settings, resume_from_checkpoint="true")
+    assert all(torch.equal(value, found.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+    saved, best = (tmp_path / name / "model.safetensors" for name in ("", "checkpoint-2"))
+    assert saved.read_bytes() == best.read_bytes()
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(text, checkpoint):

@@ -1,6 +1,7 @@
 """examples/uptrain.py: what trains in which stage, its curve, and a run that goes on where it was cut off."""
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from documents import ROOT, run
 from support import large_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, modeling_utils
 
 from modeling_spiralformer import TOKENIZER_FOLDER
 from workshop.conversion import to_spiralformer
@@ -82,15 +83,43 @@ def test_old_parts_outside_of_the_core_wait_for_the_second_stage(folder):
 
 @pytest.mark.processes
 def test_a_run_that_was_cut_off_goes_on(folder):
-    """In the middle of the second stage, from its checkpoint after two steps."""
+    """In the middle of the second stage, from its checkpoint after two steps, while it wrote the next."""
     shutil.copytree(folder / "whole", folder / "cut", ignore=shutil.ignore_patterns("trained", "checkpoint-4"))
     assert [path.name for path in (folder / "cut" / "everything").iterdir()] == ["checkpoint-2"]
+    (folder / "cut" / "everything" / "checkpoint-4").mkdir()
     points = curve(folder / "cut")
     del points[3]  # the beginning of the stage: a run that began it again would enter it once more
     (folder / "cut" / "curve.json").write_text(json.dumps(points[:4]))
     printed = uptrain(folder, "cut")
     assert curve(folder / "cut") == points and "held-out loss: converted" in printed
     assert changed(folder, "whole/trained", "cut/trained") == set()
+
+
+class Cut(Exception):
+    """What stands for a kill."""
+
+
+@pytest.mark.parametrize("name", ["adapted", "trained"])
+def test_a_run_that_was_cut_off_while_it_saved_saves_again(name, folder, monkeypatch):
+    """Before its last evaluation, too: half of a model lies there then, its configuration without weights."""
+    left_out = {"adapted": ["adapted", "trained", "everything"], "trained": ["trained"]}[name]
+    cut = folder / f"cut_{name}"
+    shutil.copytree(folder / "whole", cut, ignore=shutil.ignore_patterns(*left_out, "source"))
+    points = curve(cut)
+    (cut / "curve.json").write_text(json.dumps(points[: 2 if name == "adapted" else 5]))
+
+    def save_file(*args, **kwargs):
+        raise Cut
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", save_file)
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", "converted", cut.name, "--text", "text.txt", *OPTIONS])
+    monkeypatch.chdir(folder)
+    with pytest.raises(Cut):
+        runpy.run_path(str(ROOT / "examples" / "uptrain.py"), run_name="__main__")
+    uptrain(folder, cut.name, "--eval_steps", "2")
+    assert curve(cut) == points
+    assert changed(folder, f"whole/{name}", f"{cut.name}/{name}") == set()
+    assert {path.name for path in cut.iterdir()} == {path.name for path in (folder / "whole").iterdir()} - {"source"}
 
 
 def test_mixed_precision(folder):

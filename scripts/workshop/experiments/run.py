@@ -45,7 +45,6 @@ class Progress(TrainerCallback):
         self.resumed_from_step = 0
 
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        args.dataloader_drop_last = False  # the training batches are made: evaluations lose nothing
         self.resumed_from_step = state.global_step
         self.report(self.flops_per_step * state.global_step)
 

@@ -103,11 +103,10 @@ def make_trainer(
             path = write_spellings(trained, folder, count, seed, known, longest, quiet=training.disable_tqdm)
         trained = read_molecules("train_file", path)
         described = f"{described[:-1]}, {count} random spellings of each molecule."
-    rows = make_rows(trained, tokenizer, block_size)
     trainer = RowTrainer(
         model=model,
         args=training,
-        train_dataset=rows,
+        train_dataset=make_rows(trained, tokenizer, block_size),
         eval_dataset=make_rows(evaluated, tokenizer, block_size),
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
@@ -117,7 +116,8 @@ def make_trainer(
         schedules=training.schedules,
         router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
-    trainer.add_callback(record_run(model.config, training, rows))
+    if training.do_train:
+        trainer.add_callback(record_run(trainer))
     return trainer
 
 

@@ -37,7 +37,7 @@ def make_trainer(
         schedules=training.schedules,
         router_learning_rate_ratio=training.router_learning_rate_ratio,
     )
-    trainer.add_callback(record_run(model.config, training, trained))
+    trainer.add_callback(record_run(trainer))
     return trainer
 
 
