@@ -57,7 +57,9 @@ def main(argv: list[str]) -> list[dict]:
     sequences = cut_text(read_text("text", arguments.text), tokenizer, arguments.sequences, length)
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
-        raise ValueError("The tokenizer must be byte-level BPE, whose tokens stand for bytes that can be counted.")
+        raise ValueError(
+            "The tokenizer must be byte-level BPE that puts no space before a text: its bytes can be counted."
+        )
     longest = model.config.max_position_embeddings - length // 2
     if length < 2 or arguments.new_tokens > longest:
         raise ValueError(

@@ -8,6 +8,7 @@ from transformers import HfArgumentParser
 
 from workshop.corpus import read_corpus
 from workshop.files import ROOT, check_folder, read_text
+from workshop.settings import check_counts
 from workshop.tokenizers import save_tokenizer, train_tokenizer
 
 
@@ -19,6 +20,9 @@ class TokenizerArguments:
     output_dir: str = field(default=str(ROOT / "tokenization"), metadata={"help": "Folder to write to."})
     vocab_size: int = field(default=4096, metadata={"help": "Number of token ids, special tokens included."})
     model_max_length: int = field(default=1024, metadata={"help": "Longest text the tokenizer declares, in tokens."})
+
+    def __post_init__(self):
+        check_counts(self, "model_max_length")
 
 
 def main(arguments: TokenizerArguments):

@@ -172,6 +172,12 @@ def make_blocks(
     if hold_out:
         count = len(blocks["train"])
         held_out = max(1, round(count * arguments.validation_split_percentage / 100))
+        if "train" in needed and 0 < count <= held_out:
+            raise ValueError(
+                "`validation_split_percentage` must leave a block to train on, but got "
+                f"{arguments.validation_split_percentage}, which holds out {held_out} of {count} blocks of "
+                f"{block_size} tokens: take a smaller share, more text or a smaller `block_size`."
+            )
         blocks["validation"] = blocks["train"].select(range(max(0, count - held_out), count))
         blocks["train"] = blocks["train"].select(range(max(0, count - held_out)))
     limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
@@ -195,16 +201,19 @@ def check_bytes(field: str, blocks: Dataset, byte_lengths: np.ndarray) -> None:
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """
-    UTF-8 bytes that each token id stands for, int64 of length len(tokenizer); None for other than byte-level BPE.
+    UTF-8 bytes that each token id stands for, int64 of length 1 + largest id; None for other than byte-level BPE, and
+    for one that puts a space before a text, whose tokens stand for more bytes than the text has.
 
     Special tokens stand for no byte of the text. A token of the byte-level alphabet has one character per byte.
     """
-    if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a tokenizer in Python has none
+    if backend is None or not isinstance(backend.decoder, ByteLevel):
         return None
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in vocabulary.items():
         # Added tokens are kept as plain text, not in the byte-level alphabet.
         lengths[index] = len(added[index].encode()) if index in added else len(token)
     lengths[tokenizer.all_special_ids] = 0
-    return lengths
+    return lengths if lengths[tokenizer("a", add_special_tokens=False)["input_ids"]].sum() <= 1 else None

@@ -183,7 +183,8 @@ def make_trainer(
         logger.info("%s: %d blocks of %d tokens", split, len(data), block_size)
     byte_lengths = token_byte_lengths(tokenizer)
     if byte_lengths is None:
-        logger.warning("bits per byte is left out: %r is not a byte-level tokenizer", tokenizer.name_or_path)
+        found = "is not a byte-level tokenizer, or puts a space before a text"
+        logger.warning("bits per byte is left out: %r %s", tokenizer.name_or_path, found)
     elif training.do_eval:
         check_bytes("validation_file", blocks["validation"], byte_lengths)
     trainer = ElasticTrainer(

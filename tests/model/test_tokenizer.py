@@ -75,6 +75,11 @@ def test_training_is_deterministic_and_refuses_what_it_cannot_give(tmp_path):
         train_tokenizer(["a"], 3000)
 
 
+def test_a_tokenizer_declares_a_length_of_one_token_or_more():
+    with pytest.raises(ValueError, match="`model_max_length` must be an integer >= 1, but got 0"):
+        train_tokenizer_command.TokenizerArguments(model_max_length=0)
+
+
 def test_a_tokenizer_of_a_file(tmp_path):
     text = "".join(f"def function_{i}(value):\n    return value + {i}\n" for i in range(200))
     (tmp_path / "text.txt").write_text(text)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train
 from workshop.checkpoints import load_config, parse_overrides
@@ -100,6 +101,28 @@ def test_bytes_of_every_token_add_up():
     lengths = token_byte_lengths(TOKENIZER)
     text = "def caf\u00e9(x):\n    return '\U0001f40d' * x  # \u4e2d\u6587\n"
     assert lengths[TOKENIZER.encode(text)].sum() == len(text.encode()) and lengths[TOKENIZER.eos_token_id] == 0
+
+
+def test_ids_with_a_gap_between_them_have_bytes():
+    gap = Tokenizer(models.BPE({"a": 0, "bc": 5}, []))
+    gap.decoder = decoders.ByteLevel()
+    assert token_byte_lengths(PreTrainedTokenizerFast(tokenizer_object=gap)).tolist() == [1, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("kind", ["in Python", "with a space before a text"])
+def test_bytes_that_cannot_be_counted_are_left_out(kind, text_file, tmp_path, caplog):
+    tokenizer = ByT5Tokenizer()
+    if kind != "in Python":
+        tokenizer = AutoTokenizer.from_pretrained("tokenization")
+        digits = pre_tokenizers.Digits()
+        spaced = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=True)])
+        tokenizer.backend_tokenizer.pre_tokenizer = spaced
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    more = ("--tokenizer_name", str(tmp_path / "tokenizer"), "--max_steps", "1", "--save_strategy", "no")
+    trainer = train.main(flags(text_file, tmp_path / "run", *more))
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert "eval_perplexity" in evaluation and "eval_bits_per_byte" not in evaluation
+    assert "bits per byte is left out" in caplog.text
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(text_file, tmp_path):

@@ -310,6 +310,17 @@ def test_text_that_cannot_be_used_is_refused_by_file_and_row(name, content, mess
         make_blocks(data, TOKENIZER, 8, ["train"])
 
 
+@pytest.mark.parametrize("share, blocks", [(5, 1), (99, 12)])
+def test_a_held_out_share_that_takes_every_block_is_refused_by_their_number(share, blocks, tmp_path):
+    (tmp_path / "t.txt").write_text("def f(): pass\n" * 40, encoding="utf-8")
+    tokens = len(TOKENIZER("def f(): pass\n" * 40)["input_ids"]) + 1  # the end of the document
+    data = DataArguments(train_file=str(tmp_path / "t.txt"), validation_split_percentage=share)
+    message = f"`validation_split_percentage` must leave .* got {share}, which holds out {blocks} of {blocks} blocks"
+    with pytest.raises(ValueError, match=message):
+        make_blocks(data, TOKENIZER, tokens // blocks, ["train", "validation"])
+    assert len(make_blocks(data, TOKENIZER, tokens // blocks, ["validation"])["validation"]) == blocks
+
+
 def test_an_evaluation_on_nothing_but_empty_documents_is_refused_before_the_training(tmp_path, monkeypatch):
     lines = [json.dumps({"text": "def f(): pass\n" * 40})] * 3 + ['{"text": ""}'] * 400
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
