@@ -114,7 +114,7 @@ from .continuous_spiralformer import (
     settle_attention,
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
-from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
+from .files_spiralformer import DIGESTS_NAME, checked_files, remove_replaced, write_digests
 from .flex_spiralformer import check_flex, unfused_on_cpu
 from .heads_spiralformer import (
     check_kept,
@@ -341,15 +341,23 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As the library does; SHA256SUMS, where the folder has one, lists the new files in place of the old ones."""
+        """As the library does; the weights of an earlier save do not stay beside the new ones.
+
+        SHA256SUMS, where the folder has one, lists the new files in place of the old ones.
+        """
         body: SpiralFormerModel | MaybeNone = self.base_model
         body.check_schedule()
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and Path(save_directory, DIGESTS_NAME).exists():
-            write_digests(save_directory)
+        # The library writes in the first process alone, also where each has a share of the weights and calls this.
+        is_first = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if kwargs.get("is_main_process", True) and (is_first or torch.distributed.get_rank() == 0):
+            remove_replaced(save_directory)
+            if Path(save_directory, DIGESTS_NAME).exists():
+                write_digests(save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         """As the library does, with the digests of what is uploaded: the repository may hold those of older files."""
+        remove_replaced(working_dir)
         write_digests(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
