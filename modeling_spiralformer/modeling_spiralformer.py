@@ -347,6 +347,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         """
         body: SpiralFormerModel | MaybeNone = self.base_model
         body.check_schedule()
+        if body.shared:
+            check_shared(body)
         super().save_pretrained(save_directory, *args, **kwargs)
         # The library writes in the first process alone, also where each has a share of the weights and calls this.
         is_first = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -376,6 +378,16 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         body: SpiralFormerModel | MaybeNone = self.base_model
         body.layer_config._attn_implementation = self.config._attn_implementation
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the library does; refuses a view, whose model has the same embeddings and would not hear of it."""
+        body: SpiralFormerModel | MaybeNone = self.base_model
+        if body.shared:
+            raise ValueError(
+                "`resize_token_embeddings` must be called on the model, but got a view of it: resize the model, then "
+                "call `with_schedule` again."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def with_schedule(self, chunk_sizes: list[int] | tuple[int, ...]) -> Self:
         """A view that runs the iterations of these chunk sizes alone, on the same parameters.
 
@@ -386,7 +398,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             chunk_sizes: some of the schedule's, in its order: of equal sizes the earliest.
 
         Raises:
-            `ValueError`: for anything else, and for a model that is sharded by FSDP or offloaded.
+            `ValueError`: for anything else, and for a model that is sharded by FSDP or offloaded, or whose topology is
+                wrapped.
         """
         return make_view(self, chunk_sizes)
 
