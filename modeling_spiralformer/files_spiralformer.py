@@ -96,13 +96,18 @@ def check_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FIL
         )
 
 
-def write_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FILES) -> None:
-    """Lists the files of these patterns in SHA256SUMS, in place of what it said of files that match them."""
+def list_digests(folder: str | os.PathLike, digests: dict[str, str], patterns: Iterable[str]) -> None:
+    """Puts digests by name into SHA256SUMS, in place of what it said of files that match these patterns."""
     kept = {name: value for name, value in read_digests(Path(folder)).items() if not matches(name, patterns)}
-    names = [path.name for path in Path(folder).iterdir() if path.is_file() and matches(path.name, patterns)]
-    lines = kept | {name: digest(Path(folder, name)) for name in names}
+    lines = kept | digests
     text = "".join(f"{lines[name]}  {name}\n" for name in sorted(lines))
     Path(folder, DIGESTS_NAME).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FILES) -> None:
+    """The same with the digests of the files of these patterns."""
+    names = [path.name for path in Path(folder).iterdir() if path.is_file() and matches(path.name, patterns)]
+    list_digests(folder, {name: digest(Path(folder, name)) for name in names}, patterns)
 
 
 # -- what files say of themselves -----------------------------------------------------------------------------------
