@@ -84,6 +84,11 @@ def make_view(model: Any, chunk_sizes: list[int] | tuple[int, ...]) -> Any:
     iterations = choose_iterations(model.config, chunk_sizes)
     with torch.device("meta"):  # modules that are about to be replaced cost neither memory nor random numbers
         view = type(model)(view_config(model.config, iterations))
+    if not isinstance(body.topology, type(view.base_model.topology)):  # a view has parts of it alone
+        raise ValueError(
+            "`with_schedule` must be called on a model whose topology PEFT's `modules_to_save` does not wrap, but it "
+            f"is a {type(body.topology).__name__}: merge it first, by `merge_and_unload()`."
+        )
     _share_body(view.base_model, body, iterations)
     for name, child in model.named_children():
         if body is not model and body is not child:
@@ -135,12 +140,21 @@ def _share(view: Any, own: nn.Module, original: nn.Module, names: dict[str, str]
 
 def check_shared(view: Any) -> None:
     """Raises `ValueError` where a module that a view shares has been replaced, in the view or in its model."""
-    for own, own_name, original, name in view.shared:
-        if own._modules[own_name] is not original._modules[name]:
-            raise ValueError(
-                f"A view must share the modules of its model, but {type(original).__name__}.{name} has been replaced "
-                "in one of them (by an adapter, quantisation or resized embeddings): call `with_schedule` again."
-            )
+    replaced = [
+        f"{type(original).__name__}.{name}"
+        for own, own_name, original, name in view.shared
+        if own._modules[own_name] is not original._modules[name]
+    ]
+    if view.embed_tokens.weight.shape[0] != view.config.vocab_size:  # the library resizes them in place
+        replaced.append(f"{type(view).__name__}.embed_tokens")
+    if replaced:
+        raise ValueError(
+            f"A view must share the modules of its model, but {replaced[0]} has been replaced in one of them (by an "
+            "adapter, quantisation or resized embeddings): call `with_schedule` again."
+        )
+    (_, _, body, _), *_ = view.shared
+    if body.shared:  # a view of a view
+        check_shared(body)
 
 
 def record_outputs(view: Any) -> None:

@@ -28,10 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 DIGESTS_NAME = "SHA256SUMS"
-JSON_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)
+JSON_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME)
 # What a model is loaded from.
 MODEL_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 
@@ -90,13 +96,18 @@ def check_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FIL
         )
 
 
-def write_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FILES) -> None:
-    """Lists the files of these patterns in SHA256SUMS, in place of what it said of files that match them."""
+def list_digests(folder: str | os.PathLike, digests: dict[str, str], patterns: Iterable[str]) -> None:
+    """Puts digests by name into SHA256SUMS, in place of what it said of files that match these patterns."""
     kept = {name: value for name, value in read_digests(Path(folder)).items() if not matches(name, patterns)}
-    names = [path.name for path in Path(folder).iterdir() if path.is_file() and matches(path.name, patterns)]
-    lines = kept | {name: digest(Path(folder, name)) for name in names}
+    lines = kept | digests
     text = "".join(f"{lines[name]}  {name}\n" for name in sorted(lines))
     Path(folder, DIGESTS_NAME).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_digests(folder: str | os.PathLike, patterns: Iterable[str] = MODEL_FILES) -> None:
+    """The same with the digests of the files of these patterns."""
+    names = [path.name for path in Path(folder).iterdir() if path.is_file() and matches(path.name, patterns)]
+    list_digests(folder, {name: digest(Path(folder, name)) for name in names}, patterns)
 
 
 # -- what files say of themselves -----------------------------------------------------------------------------------
@@ -140,13 +151,43 @@ def check_index(path: Path) -> None:
 def check_files(folder: str | os.PathLike) -> None:
     """Raises ValueError, naming the file, where what a model is loaded from is no JSON, or not as SHA256SUMS says.
 
-    The library would go on without a generation_config.json that it cannot read.
+    The library would go on without a generation_config.json that it cannot read. It reads no index where one file
+    holds all weights.
     """
     check_digests(folder)
     for name in JSON_FILES:
         path = Path(folder, name)
         if os.path.lexists(path):
-            (check_index if name == SAFE_WEIGHTS_INDEX_NAME else read_object)(path)
+            read_object(path)
+    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    if os.path.lexists(index) and not Path(folder, SAFE_WEIGHTS_NAME).is_file():
+        check_index(index)
+
+
+def remove_replaced(folder: str | os.PathLike) -> None:
+    """After a save by the library: removes what it leaves of the save before, of each variant such as "fp16".
+
+    Of one file over shards it removes the shards and leaves their index; of shards over one file it leaves the file,
+    which is what it would load. So where both are there, the index is the new one if its shards are there too.
+    """
+    stem, ending = SAFE_WEIGHTS_NAME.split(".")
+    start = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json")
+    for index in Path(folder).glob(f"{start}*.json"):
+        variant = index.name.removeprefix(start).removesuffix(".json")
+        whole = Path(folder, f"{stem}{variant}.{ending}")
+        if whole.is_file():
+            (whole if _is_of_the_last_save(index, f"{stem}{variant}") else index).unlink()
+
+
+def _is_of_the_last_save(index: Path, start: str) -> bool:
+    """Whether an index names shards as the library does, "model-00001-of-00002.safetensors", that are all there."""
+    try:
+        check_index(index)
+    except ValueError:
+        return False
+    return all(
+        re.fullmatch(rf"{re.escape(start)}-\d{{5}}-of-\d{{5}}\..+", file) for file in read_index(index).values()
+    )
 
 
 def unreadable(folder: str | os.PathLike) -> list[str]:

@@ -119,7 +119,7 @@ from .continuous_spiralformer import (
     settle_attention,
 )
 from .elastic_spiralformer import check_shared, make_view, record_outputs
-from .files_spiralformer import DIGESTS_NAME, checked_files, write_digests
+from .files_spiralformer import DIGESTS_NAME, checked_files, remove_replaced, write_digests
 from .flex_spiralformer import check_flex, unfused_on_cpu
 from .heads_spiralformer import (
     check_kept,
@@ -346,15 +346,25 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As the library does; SHA256SUMS, where the folder has one, lists the new files in place of the old ones."""
+        """As the library does; the weights of an earlier save do not stay beside the new ones.
+
+        SHA256SUMS, where the folder has one, lists the new files in place of the old ones.
+        """
         body: SpiralFormerModel | MaybeNone = self.base_model
         body.check_schedule()
+        if body.shared:
+            check_shared(body)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and Path(save_directory, DIGESTS_NAME).exists():
-            write_digests(save_directory)
+        # The library writes in the first process alone, also where each has a share of the weights and calls this.
+        is_first = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if kwargs.get("is_main_process", True) and (is_first or torch.distributed.get_rank() == 0):
+            remove_replaced(save_directory)
+            if Path(save_directory, DIGESTS_NAME).exists():
+                write_digests(save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         """As the library does, with the digests of what is uploaded: the repository may hold those of older files."""
+        remove_replaced(working_dir)
         write_digests(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
@@ -373,6 +383,16 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
         body: SpiralFormerModel | MaybeNone = self.base_model
         body.layer_config._attn_implementation = self.config._attn_implementation
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the library does; refuses a view, whose model has the same embeddings and would not hear of it."""
+        body: SpiralFormerModel | MaybeNone = self.base_model
+        if body.shared:
+            raise ValueError(
+                "`resize_token_embeddings` must be called on the model, but got a view of it: resize the model, then "
+                "call `with_schedule` again."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def with_schedule(self, chunk_sizes: list[int] | tuple[int, ...]) -> Self:
         """A view that runs the iterations of these chunk sizes alone, on the same parameters.
 
@@ -383,7 +403,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             chunk_sizes: some of the schedule's, in its order: of equal sizes the earliest.
 
         Raises:
-            `ValueError`: for anything else, and for a model that is sharded by FSDP or offloaded.
+            `ValueError`: for anything else, and for a model that is sharded by FSDP or offloaded, or whose topology is
+                wrapped.
         """
         return make_view(self, chunk_sizes)
 

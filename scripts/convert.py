@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
-from modeling_spiralformer.files_spiralformer import write_digests
+from modeling_spiralformer.files_spiralformer import remove_replaced, write_digests
 from workshop.checkpoints import CHECKPOINT_FILES, has_tokenizer, parse_overrides
 from workshop.conversion import (
     FAMILY_OF,
@@ -77,6 +77,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         overrides = parse_overrides(arguments.config_overrides)
         converted = to_spiralformer(source, core_layers, arguments.router_bias, **overrides)
     converted.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
+    remove_replaced(arguments.output_dir)  # a model of the library leaves what was there
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.output_dir)
     write_digests(arguments.output_dir, CHECKPOINT_FILES)

@@ -6,14 +6,21 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_spiralformer import SpiralFormerPreTrainedModel
-from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, write_digests
+from modeling_spiralformer.files_spiralformer import (
+    DIGESTS_NAME,
+    MODEL_FILES,
+    list_digests,
+    matches,
+    read_digests,
+    write_digests,
+)
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.checkpoints import CHECKPOINT_FILES
+from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATTERNS
 from workshop.costs import repeated_flops
 from workshop.tables import config_schedule
 
@@ -122,12 +129,28 @@ def make_card(
     )
 
 
+def folder_of_step(output_dir: str, step: int) -> Path:
+    """Where `Trainer` saves the checkpoint of a step."""
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+class PushedDigests(TrainerCallback):
+    """Lists the digests of what the library is about to copy out of a checkpoint into `output_dir`, and to upload."""
+
+    def on_push_begin(self, args, state, control, processing_class=None, **kwargs) -> None:
+        if state.is_world_process_zero:
+            copied = MODEL_FILES if processing_class is None else (*MODEL_FILES, *TOKENIZER_PATTERNS)
+            digests = read_digests(folder_of_step(args.output_dir, state.global_step))
+            new = {name: value for name, value in digests.items() if matches(name, copied)}
+            list_digests(args.output_dir, new, CHECKPOINT_FILES)
+
+
 class CardTrainer(Trainer):
     """
     A `Trainer` that writes such a card where the library's would write a draft.
 
     Commits that are pushed while it trains hold the code of the model too: `Trainer` itself takes only weights and
-    configuration from a checkpoint.
+    configuration from a checkpoint. Each commit has the digests of its files, as the repository may hold older ones.
 
     Args:
         training_data: what it trains on, in words.
@@ -136,6 +159,7 @@ class CardTrainer(Trainer):
     def __init__(self, *args, training_data: str | None = None, **kwargs):
         self.training_data = training_data
         super().__init__(*args, **kwargs)
+        self.add_callback(PushedDigests)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As the library's; puts the code into the folder that is uploaded."""
@@ -143,12 +167,28 @@ class CardTrainer(Trainer):
         if self.is_world_process_zero():
             self.model.config.save_pretrained(self.args.output_dir)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the library's; lists the files of `output_dir` in SHA256SUMS, with which they are pushed."""
+        super().save_model(output_dir, _internal_call)
+        if output_dir is None and self.args.should_save:
+            write_digests(self.args.output_dir, CHECKPOINT_FILES)
+
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """As the library's; lists the files in SHA256SUMS, which tells a run that goes on whether they are damaged."""
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = folder_of_step(self.args.output_dir, self.state.global_step)
         if self.args.should_save:
             (folder / DIGESTS_NAME).unlink(missing_ok=True)  # of a checkpoint that is written over
         super()._save_checkpoint(*args, **kwargs)
+        if not self.args.push_to_hub:
+            self._list_checkpoint(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the library's; the files are listed before, since the upload may go on when this returns."""
+        self._list_checkpoint(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _list_checkpoint(self, folder: Path) -> None:
+        """Writes SHA256SUMS of a checkpoint, all files of which are there."""
         self.accelerator.wait_for_everyone()  # each process saves its random state
         if self.args.should_save:
             write_digests(folder, CHECKPOINT_FILES)
@@ -178,9 +218,13 @@ class CardTrainer(Trainer):
             self.label_smoother = smoother
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration."""
-        tokens = inputs["input_ids"].numel()
-        return super().floating_point_ops(inputs) + repeated_flops(self.model, tokens)
+        """As the library's, 6 for each token and weight; a core layer meets one latent in g tokens, each iteration.
+
+        Of embeddings in place of ids the library counts nothing.
+        """
+        if "input_ids" not in inputs:
+            return super().floating_point_ops(inputs)
+        return super().floating_point_ops(inputs) + repeated_flops(self.model, inputs["input_ids"].numel())
 
     def create_model_card(
         self,

@@ -107,6 +107,66 @@ def test_saving_anew_lists_the_new_files(folder, shards):
     assert not (shards / "SHA256SUMS").exists()  # nobody asked for it
 
 
+WAYS = [{}, {"max_shard_size": "20KB"}, {"max_shard_size": "30KB"}]
+
+
+@pytest.mark.parametrize("first", WAYS, ids=["file", "shards", "fewer"])
+@pytest.mark.parametrize("second", WAYS, ids=["file", "shards", "fewer"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_save_over_another_leaves_one_model(first, second, variant, tmp_path):
+    """Files, digests and weights are those of the second save alone; those of another variant stay."""
+    old, new = (small_model(dtype=torch.float32, seed=seed) for seed in (0, 1))
+    other = "bf16" if variant else "fp16"
+    old.save_pretrained(tmp_path / "over", variant=other)
+    old.save_pretrained(tmp_path / "over", variant=variant, **first)
+    write_digests(tmp_path / "over")
+    for folder in ("over", "alone"):
+        new.save_pretrained(tmp_path / folder, variant=variant, **second)
+    files = {path.name for path in (tmp_path / "over").iterdir()} - {"SHA256SUMS", f"model.{other}.safetensors"}
+    assert files == {path.name for path in (tmp_path / "alone").iterdir()}
+    check_digests(tmp_path / "over", ["*"])
+    loaded = SpiralFormerForCausalLM.from_pretrained(tmp_path / "over", variant=variant).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in new.state_dict().items())
+    kept = SpiralFormerForCausalLM.from_pretrained(tmp_path / "over", variant=other).state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in old.state_dict().items())
+
+
+def test_shards_of_other_names_do_not_take_the_place_of_a_new_file(shards):
+    """The library leaves them where they are: their index is none of a save."""
+    index = shards / "model.safetensors.index.json"
+    text = index.read_text("utf-8")
+    for path in shards.glob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace("-0000", "-000000")))
+    index.write_text(text.replace("-0000", "-000000"), encoding="utf-8")
+    new = small_model(dtype=torch.float32, seed=1)
+    new.save_pretrained(shards)
+    assert not index.exists()
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in load(shards).items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_removes_files(rank, folder, monkeypatch):
+    """Another would read an index that the first is still writing."""
+    write_digests(folder)
+    (folder / WEIGHTS).write_bytes(b"new")
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    (folder / "model.safetensors.index.json").write_text("{", encoding="utf-8")
+    small_model(dtype=torch.float32).save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists() == (rank == 1)
+    assert (read_digests(folder)[WEIGHTS] == digest(folder / WEIGHTS)) == (rank == 0)
+
+
+def test_an_index_beside_one_file_is_not_read(shards):
+    """As the library has it: it loads the file."""
+    new = small_model(dtype=torch.float32, seed=1)
+    new.save_pretrained(shards.parent / "new")
+    shutil.copy(shards.parent / "new" / WEIGHTS, shards)
+    next(shards.glob("model-*.safetensors")).unlink()
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in load(shards).items())
+
+
 @pytest.mark.parametrize(
     "text, line",
     [("12ab  config.json\n", 1), ("{0}  a\n{0}  ./a\n", 2), ("{0}\n", 1), ("{0} a\n", 1), ("{0}  a\n\n", 2)],
@@ -203,7 +263,8 @@ def test_what_is_uploaded_has_the_digests_of_its_files(tmp_path, monkeypatch):
     for old in ({}, {"model.safetensors": "0" * 64}):
         model.save_pretrained(tmp_path)
         (tmp_path / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in old.items()))
+        (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")  # of shards that are gone
         model._upload_modified_files(tmp_path, "me/model", {})
-    assert uploaded[0] == uploaded[1]
+    assert uploaded[0] == uploaded[1] and "model.safetensors.index.json" not in uploaded[1]
     for name in ("model.safetensors", "config.json"):
         assert uploaded[1][name] == digest(tmp_path / name)

@@ -224,25 +224,77 @@ def test_adapters_in_layers_act_in_the_view():
         assert torch.equal(logits(view, ids), before) and torch.equal(logits(model, ids), plain)
 
 
-@pytest.mark.parametrize("change", ["routers", "embeddings", "head", "view"])
+@pytest.mark.parametrize("change", ["routers", "head", "view"])
+@pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
-def test_replaced_modules_are_refused(change):
+def test_replaced_modules_are_refused(change, depth, tmp_path):
     model, ids = parent(dtype=torch.float32), random_ids(1, 9)
     view = model.with_schedule([7, 2])
+    if depth == 2:
+        view = model.with_schedule([7, 4, 2]).with_schedule([7, 2])
     logits(view, ids)
     if change == "routers":
         config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
         model = peft.get_peft_model(model, config).eval()
-    elif change == "embeddings":
-        model.resize_token_embeddings(70)
     elif change == "head":
         model.set_output_embeddings(torch.nn.Linear(16, 61, bias=False))
     else:
-        view.resize_token_embeddings(70)
+        view.set_output_embeddings(torch.nn.Linear(16, 61, bias=False))
     with pytest.raises(ValueError, match="call `with_schedule` again"):
         logits(view, ids)
+    with pytest.raises(ValueError, match="call `with_schedule` again"):
+        view.save_pretrained(tmp_path)
     again = model.with_schedule([7, 2])
     assert logits(again, ids).shape[1] == 9
+
+
+@pytest.mark.parametrize("size", [70, 50])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [SpiralFormerForCausalLM, SpiralFormerForSequenceClassification, SpiralFormerForTokenClassification]
+    + [SpiralFormerForQuestionAnswering, SpiralFormerModel],
+)
+@torch.no_grad()
+def test_resized_embeddings_are_refused_until_the_view_is_made_again(kind, tied, size, tmp_path):
+    """The library resizes them in place: the module is the same, and the configuration of the view is not told."""
+    model, ids = kind(small_config(tie_word_embeddings=tied, num_labels=2)).eval(), random_ids(1, 9).clamp(max=49)
+    view = model.with_schedule(model.config.chunk_sizes[1:])
+    with pytest.raises(ValueError, match="`resize_token_embeddings` must be called on the model"):
+        view.resize_token_embeddings(size)
+    model(ids), view(ids)
+    model.resize_token_embeddings(size)
+    for attempt in (lambda: view(ids), lambda: view.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="embed_tokens|lm_head"):
+            attempt()
+    again = model.with_schedule(view.config.chunk_sizes)
+    again.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == loaded.get_input_embeddings().weight.shape[0] == size
+    assert torch.equal(loaded(ids)[0], again(ids)[0])
+
+
+@pytest.mark.parametrize("topology", ["mesh", "hyper_connections", "anchor"])
+@torch.no_grad()
+def test_a_wrapped_topology_is_refused_until_it_is_merged(topology):
+    """A view holds some of its routers or gates, and no wrapper of them all."""
+    model, ids = parent(dtype=torch.float32, topology=topology), random_ids(1, 9)
+    expected = logits(model.with_schedule([7, 2]), ids)
+    options = {"target_modules": ["query_key_value"], "modules_to_save": ["topology"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+    with pytest.raises(ValueError, match="`with_schedule` .* `modules_to_save`"):
+        adapted.with_schedule([7, 2])
+    assert (logits(adapted.merge_and_unload().with_schedule([7, 2]), ids) - expected).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_a_view_has_the_adapters_of_the_embeddings():
+    model, ids = parent(dtype=torch.float32), random_ids(1, 9)
+    before = logits(model.with_schedule([7, 2]), ids)
+    for options in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}):
+        options = {"target_modules": ["query_key_value"], **options}
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options, init_lora_weights=False)).eval()
+        assert not torch.equal(logits(adapted.with_schedule([7, 2]), ids), before)
 
 
 @pytest.mark.parametrize("who", ["model", "view"])

@@ -3,7 +3,9 @@
 import json
 import os
 import shlex
+import shutil
 import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -27,12 +29,13 @@ from transformers import (
 )
 
 import modeling_spiralformer as package
+from modeling_spiralformer.files_spiralformer import check_digests, read_digests
 from modeling_spiralformer.layers_spiralformer import FAMILIES
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
 from push import PushArguments
 from workshop import hub as hub_module
 from workshop.hub import push
-from workshop.model_card import make_card
+from workshop.model_card import CardTrainer, make_card
 
 CODE = {path.name for path in (ROOT / "modeling_spiralformer").glob("*_spiralformer.py")}
 
@@ -197,6 +200,7 @@ def test_a_card_says_what_it_was_told():
     for words in (
         "# one\n",
         "1+2x{1/4,1/2,1}+1",
+        "| topology | mesh |",
         'AutoModelForCausalLM.from_pretrained("me/one", revision="COMMIT", trust_remote_code=True)',
         "Old letters.",
         "| seed | 7 |",
@@ -225,8 +229,87 @@ def test_a_card_of_a_head_without_figures():
     assert card.data.pipeline_tag == "token-classification" and card.data.eval_results is None
     assert "No figures were given." in card.content and "Not stated." in card.content
     assert "| layers | 2 |" in card.content and "### Settings" not in card.content
+    assert "| topology | none |" in card.content
     with pytest.raises(ValueError, match="`model` must be one of"):
         make_card(torch.nn.Linear(1, 1), "a")
+
+
+# -- commits of a Trainer -----------------------------------------------------------------------------------------
+
+
+class CopyingHub:
+    """A Hub that is a folder, which keeps what it had and checks the digests of each commit at once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.listed = folder, []
+        folder.mkdir()
+
+    def create_repo(self, *args, **kwargs):
+        return huggingface_hub.RepoUrl("me/model")
+
+    def upload_folder(self, folder_path, path_in_repo="", ignore_patterns=(), **kwargs) -> Future:
+        patterns = [ignore_patterns] if isinstance(ignore_patterns, str) else ignore_patterns
+        ignored = shutil.ignore_patterns(*patterns)
+        shutil.copytree(folder_path, self.folder / path_in_repo, ignore=ignored, dirs_exist_ok=True)
+        check_digests(self.folder / path_in_repo, ["*"])
+        self.listed.append((path_in_repo, set(read_digests(self.folder / path_in_repo))))
+        (done := Future()).set_result(None)
+        return done
+
+
+@pytest.fixture
+def copying_hub(tmp_path, monkeypatch) -> CopyingHub:
+    hub = CopyingHub(tmp_path / "hub")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: hub)
+    return hub
+
+
+def card_trainer(folder: Path, seed: int = 0, **options) -> CardTrainer:
+    """A run of two steps that pushes to the Hub."""
+    tokenizer = options.pop("tokenizer", None)
+    settings = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    model = small_model(dtype=torch.float32, vocab_size=4096, seed=seed)
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(16, 8)]
+    arguments = TrainingArguments(str(folder), seed=seed, **(settings | options))
+    return CardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_every_commit_has_the_digests_of_its_files(strategy, copying_hub, tmp_path):
+    """Of two runs, so that the second finds the digests of the first in the repository."""
+    options = {"push_to_hub": True, "hub_strategy": strategy, "hub_always_push": True}
+    for seed, tokenizer in enumerate([AutoTokenizer.from_pretrained(ROOT / "tokenization"), None]):
+        trainer = card_trainer(tmp_path / str(seed), seed, tokenizer=tokenizer, **options)
+        trainer.train()
+        trainer.push_to_hub()
+        loaded = package.SpiralFormerForCausalLM.from_pretrained(copying_hub.folder)
+        assert torch.equal(loaded.lm_head.weight, trainer.model.lm_head.weight)
+    weights = {"config.json", "model.safetensors"}
+    assert all(weights < listed for _, listed in copying_hub.listed)
+    assert all({"optimizer.pt", "rng_state.pth"} < listed for path, listed in copying_hub.listed if path)
+    counts = {"end": 1, "every_save": 3, "checkpoint": 5, "all_checkpoints": 5}
+    assert len(copying_hub.listed) == 2 * counts[strategy]
+    assert ("tokenizer.json" in copying_hub.listed[0][1]) and ("tokenizer.json" not in copying_hub.listed[-1][1])
+
+
+def test_a_push_without_training_has_the_digests_of_its_files(copying_hub, tmp_path):
+    for seed in (0, 1):
+        trainer = card_trainer(tmp_path / str(seed), seed)
+        trainer.push_to_hub()
+        loaded = package.SpiralFormerForCausalLM.from_pretrained(copying_hub.folder)
+        assert torch.equal(loaded.lm_head.weight, trainer.model.lm_head.weight)
+    files = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
+    assert copying_hub.listed == [("", files)] * 2
+
+
+def test_rows_of_embeddings_are_trained_on_and_counted_as_the_library_does(tmp_path):
+    trainer = card_trainer(tmp_path, save_strategy="no", remove_unused_columns=False)
+    rows = trainer.train_dataset
+    trainer.train()
+    assert trainer.state.total_flos > 0
+    trainer.train_dataset = [{"inputs_embeds": torch.randn(8, 16), "labels": row["labels"]} for row in rows]
+    trainer.train()
+    assert trainer.state.total_flos == 0 and trainer.state.global_step == 2
 
 
 # -- scripts/push.py ----------------------------------------------------------------------------------------------
