@@ -148,6 +148,8 @@ def load_config(
             raise ValueError(
                 f"`config_overrides` must name fields of {type(config).__name__}, but got {key!r}: {known}."
             )
+        if key == "dtype":  # of no effect on the weights
+            raise ValueError(f"`config_overrides` must leave `dtype` to `--dtype`, but got {value!r}.")
         setattr(config, key, value)
     config.validate()
     return config

@@ -294,6 +294,9 @@ def to_spiralformer(
     Raises:
         ValueError: naming what does not fit, in the source's configuration, the split or the core.
     """
+    for name in ("router_start", "gate_start"):
+        if options.get(name) is not None:
+            refuse(name, options[name], "left out: the routers and gates of a converted model start near its source")
     config = spiral_config(source.config, **options)
     low, high = ROUTER_BIAS_RANGE
     if router_bias is not None and (config.topology != "mesh" or not config.chunk_sizes):

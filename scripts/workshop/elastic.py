@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modeling_spiralformer import SpiralFormerConfig
 from modeling_spiralformer.elastic_spiralformer import choose_iterations
 from workshop.router_rate import RouterRateTrainer
 from workshop.training_arguments import read_schedule
@@ -15,6 +16,11 @@ from workshop.training_arguments import read_schedule
 
 def check_schedules(schedules: list[str] | None, config: PreTrainedConfig) -> None:
     """Raises ValueError, naming the option, for a schedule that is no part of the model's."""
+    if schedules and not isinstance(config, SpiralFormerConfig):
+        raise ValueError(
+            f'`schedules` must be left out with a model of model_type "{config.model_type}", which has none, but got '
+            f"{schedules}."
+        )
     for schedule in schedules or []:
         try:
             choose_iterations(config, read_schedule(schedule))
@@ -33,6 +39,7 @@ def name_of(chunk_sizes: list[int]) -> str:
 @contextlib.contextmanager
 def running(model: PreTrainedModel, view: PreTrainedModel) -> Iterator[None]:
     """Within it `model`, and everything that wraps it, runs the schedule of its view."""
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT's, which wraps the model itself
     body = model.base_model
     setattr(model, model.base_model_prefix, view.base_model)
     try:

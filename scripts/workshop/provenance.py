@@ -14,10 +14,16 @@ CODE = ("modeling_spiralformer", "scripts", "setup.py", "constraints.txt")
 
 
 def current_commit() -> str:
-    """The commit of the code, with "-dirty" where a tracked file of it differs; "unknown" outside of git."""
+    """The commit of the code, with "-dirty" where a tracked file of it differs.
+
+    "unknown" outside of git, and where none is installed.
+    """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
+        except OSError:
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")

@@ -26,6 +26,8 @@ from workshop.settings import LARGEST_SEED, check_counts, check_numbers
 from workshop.tables import markdown_table
 from workshop.training_arguments import SpiralTrainingArguments
 
+# How far the seed by which a start is trained is from that of its source: another order of the blocks.
+ORDER_SHIFT = 1000
 OUTPUT = ROOT / "runs" / "compare_starts"  # Trainer makes it, and nothing is saved there
 
 
@@ -61,8 +63,8 @@ class ComparisonArguments:
         check_counts(self, "max_eval_samples")
         check_numbers(self, source_learning_rate=(0, math.inf), learning_rate=(0, math.inf))
         for seed in self.seeds:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED}], but got {seed}.")
+            if not 0 <= seed <= LARGEST_SEED - ORDER_SHIFT:
+                raise ValueError(f"`seeds` must be in [0, {LARGEST_SEED - ORDER_SHIFT}], but got {seed}.")
         check_folder("output_dir", OUTPUT)
 
 
@@ -97,6 +99,8 @@ def starts(source: PreTrainedModel, options: dict) -> dict:
         return AutoModelForCausalLM.from_config(to_spiralformer(source, **options).config)
 
     model = to_spiralformer(source, **options)
+    if not model.config.chunk_sizes:
+        refuse("chunk_sizes", model.config.chunk_sizes, "at least one chunk size: a plain stack has no core to start")
     first, count = model.config.num_prelude_layers, len(model.model.core)
     between = range(first, source.config.num_hidden_layers - model.config.num_coda_layers)
     edges = [index * len(between) // count for index in range(count + 1)]
@@ -159,8 +163,7 @@ def compare(arguments: ComparisonArguments, seed: int, blocks: dict[str, Dataset
     source.eval()
     for name in chosen:
         set_seed(seed)
-        # Another order of the blocks than the source's.
-        trainer = make_trainer(makers[name](), arguments, blocks, seed + 1000, **options)
+        trainer = make_trainer(makers[name](), arguments, blocks, seed + ORDER_SHIFT, **options)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         losses[name] = (before, trainer.evaluate()["eval_loss"])

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from support import random_ids, small_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import train
 from workshop.checkpoints import load_config
@@ -64,6 +65,22 @@ def test_a_step_is_that_of_the_view_it_draws(tmp_path):
         assert len(model.model.resolutions) == 3  # nothing of the view stays
         for weight, gradient in zip(model.parameters(), found, strict=True):
             assert torch.allclose(gradient, torch.zeros_like(weight) if weight.grad is None else weight.grad)
+
+
+def test_a_model_with_adapters_runs_the_view_that_is_drawn(tmp_path):
+    config = peft.LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+    adapted = peft.get_peft_model(small_model(dtype=torch.float32), config)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = ElasticTrainer(adapted, arguments, schedules=["1"])
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    ids = random_ids(2, 17)
+    loss = trainer.training_step(adapted, {"input_ids": ids, "labels": ids})
+    assert loss.item() == pytest.approx(adapted.with_schedule([1])(ids, labels=ids).loss.item(), abs=1e-6)
+    assert loss.item() != pytest.approx(adapted(ids, labels=ids).loss.item(), abs=1e-3)
+    trainer.eval_dataset = [{"input_ids": row, "labels": row} for row in ids]
+    metrics = trainer.evaluate()
+    assert metrics["eval_1_loss"] == pytest.approx(loss.item(), abs=1e-5) != metrics["eval_loss"]
 
 
 def test_draws_hang_on_seed_step_and_part_alone(tmp_path):
@@ -141,6 +158,13 @@ def test_operations_are_those_of_the_schedules_drawn(tmp_path):
 def test_what_is_no_schedule_is_refused(text):
     with pytest.raises(ValueError, match="`schedules` must each be chunk sizes, such as 8,4,2,1, but got"):
         SpiralTrainingArguments(schedules=["8,4", text])
+
+
+@pytest.mark.parametrize("schedules", [["8,4"], ["1", "2"]])
+def test_a_model_without_a_schedule_has_no_parts(schedules):
+    with pytest.raises(ValueError, match='`schedules` must be left out with a model of model_type "llama"'):
+        check_schedules(schedules, LlamaConfig())
+    check_schedules(None, LlamaConfig())
 
 
 @pytest.mark.parametrize("schedule", ["4,8", "3", "8,4,2,1,1"])

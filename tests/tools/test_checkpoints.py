@@ -11,7 +11,7 @@ from documents import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import small_config, small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 import convert
 import evaluate_model
@@ -290,6 +290,14 @@ def test_a_checkpoint_without_a_tokenizer_is_named(checkpoint, text, tmp_path, m
 def test_overrides_hold_finite_numbers(overrides):
     with pytest.raises(ValueError, match="`config_overrides` must hold finite numbers"):
         parse_overrides(overrides)
+
+
+@pytest.mark.parametrize("folder", ["tiny", "llama"])
+def test_overrides_leave_the_dtype_of_weights_to_its_option(folder, tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    path = ROOT / "configuration/tiny" if folder == "tiny" else tmp_path
+    with pytest.raises(ValueError, match="`config_overrides` must leave `dtype` to `--dtype`, but got 'bfloat16'"):
+        load_config(str(path), parse_overrides("dtype=bfloat16"))
 
 
 def test_overrides_set_a_field_once():

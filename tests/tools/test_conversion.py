@@ -241,6 +241,8 @@ LOOP = {"num_prelude_layers": 1, "num_core_layers": 2, "num_coda_layers": 1, "ch
         (None, {**LOOP, "vocab_size": 9}, "vocab_size.*left to the source.*9"),
         (None, {**LOOP, "scale_embeddings": True}, "scale_embeddings.*left to the source.*True"),
         (None, {**LOOP, "topology": "ring"}, "topology.*one of.*ring"),
+        (None, {**LOOP, "router_start": "half_anchor"}, "router_start.*left out: the routers.*half_anchor"),
+        (None, {**LOOP, "topology": "hyper_connections", "gate_start": "replace"}, "gate_start.*left out.*replace"),
     ],
 )
 def test_what_does_not_fit_is_refused(core_layers, options, message):

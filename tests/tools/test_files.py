@@ -370,6 +370,8 @@ def test_numbers_of_a_conversion_are_finite_and_in_range(options, message):
         ({"source_learning_rate": -1.0}, "`source_learning_rate` must be >= 0"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1"),
         ({"seeds": [0, -1]}, "`seeds` must be in"),
+        ({"seeds": [2**32 - 1]}, "`seeds` must be in"),
+        ({"seeds": [2**32 - 1000]}, "`seeds` must be in .0, 4294966295., but got 4294966296"),
     ],
 )
 def test_numbers_of_a_comparison_are_finite_and_in_range(options, message):
@@ -470,3 +472,8 @@ def test_the_runner_and_the_benchmark_start_on_windows(monkeypatch):
     assert machine(torch.device("cpu"))["load"] is None
     code = "import sys; sys.modules['fcntl'] = None; import experiment"
     run([sys.executable, "-c", code], ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'scripts'}")
+
+
+def test_figures_are_measured_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine(torch.device("cpu"))["commit"] == "unknown"

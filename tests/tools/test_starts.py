@@ -106,6 +106,9 @@ def test_every_start_can_be_made_and_an_unknown_one_is_refused_before_training(m
     monkeypatch.setattr(starts, "make_trainer", lambda *_, **__: pytest.fail("the source is trained"))
     with pytest.raises(ValueError, match="starts.*converted.*upside down"):
         starts.compare(arguments, 0, blocks, VOCAB)
+    plain = starts.ComparisonArguments(config_overrides="chunk_sizes=[]")
+    with pytest.raises(ValueError, match=r"`chunk_sizes` must be at least one chunk size.*\[\]"):
+        starts.compare(plain, 0, blocks, VOCAB)
     one_topology = starts.ComparisonArguments(config_overrides="topology=anchor")  # which has no routers
     with pytest.raises(ValueError, match="router_bias"):
         starts.compare(one_topology, 0, blocks, VOCAB)
