@@ -6,10 +6,12 @@
 The first `--adapter_steps` train what the source did not have (scorers, allocators, routers) and LoRA on the core, so
 that new parts find their place before old ones move. Then everything trains. `--source` names the checkpoint that was
 converted: it is trained on the same text for as many steps, LoRA on all of its layers first. The held-out loss of both
-goes to `curve.json` as they train. A run that was cut off goes on with the same command.
+goes to `curve.json` as they train. A run that was cut off goes on with the same command; another one needs a folder of
+its own.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -55,6 +57,23 @@ def load(name: str) -> PreTrainedModel:
     if any(loading.values()):
         parser.error(f"{name} must hold the weights of its configuration, but loading it gave {loading}")
     return model
+
+
+def check_run(path: Path) -> None:
+    """Keeps what decides the run, and refuses another: it would be given the models and losses of the first."""
+    now = {
+        name: value for name, value in vars(arguments).items() if name not in ("output_dir", "source", "eval_steps")
+    }
+    for name in ("text", "held_out"):
+        if now[name] is not None:
+            now[name] = f"sha256 {hashlib.sha256(Path(now[name]).read_bytes()).hexdigest()}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now), encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in now.items():
+        if value != before[name]:
+            parser.error(f"--{name} must be {before[name]}, that of the run in {path.parent}, but got {value}")
 
 
 def read_blocks(name: str) -> list[list[int]]:
@@ -149,10 +168,14 @@ set_seed(42)
 tokenizer = AutoTokenizer.from_pretrained(arguments.converted)
 blocks = read_blocks(arguments.text)
 held_out = read_blocks(arguments.held_out) if arguments.held_out else blocks[-max(1, len(blocks) // 20) :]
-if len(blocks) < 2 or not held_out:
-    parser.error(
-        f"--text must hold two blocks of {arguments.block_size} tokens, but {arguments.text} has {len(blocks)}"
-    )
+needed = {"text": (blocks, 1), "held_out": (held_out, 1)} if arguments.held_out else {"text": (blocks, 2)}
+for option, (found, count) in needed.items():
+    if len(found) < count:
+        parser.error(
+            f"--{option} must hold {count} or more blocks of {arguments.block_size} tokens, but "
+            f"{getattr(arguments, option)} has {len(found)}"
+        )
+check_run(Path(arguments.output_dir) / "run.json")
 if not arguments.held_out:
     blocks = blocks[: -len(held_out)]
 data = {"train": blocks, "held out": held_out[: arguments.held_out_blocks]}

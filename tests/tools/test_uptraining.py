@@ -122,6 +122,47 @@ def test_a_run_that_was_cut_off_while_it_saved_saves_again(name, folder, monkeyp
     assert {path.name for path in cut.iterdir()} == {path.name for path in (folder / "whole").iterdir()} - {"source"}
 
 
+def refused(folder: Path, monkeypatch, capsys, *more: str) -> str:
+    """What the example says of options that it does not take, with the folder of the whole run."""
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", "converted", "whole", "--text", "text.txt", *OPTIONS, *more])
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "examples" / "uptrain.py"), run_name="__main__")
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--max_steps", "5"), "--max_steps must be 4, that of the run in whole, but got 5"),
+        (("--learning_rate", "0.02"), "--learning_rate must be 0.01, that of the run in whole, but got 0.02"),
+        (("--text", "other.txt"), "--text must be sha256 "),
+        (("--held_out", "other.txt"), "--held_out must be None, that of the run in whole, but got sha256"),
+    ],
+)
+def test_another_run_in_the_folder_of_a_run_is_refused(more, message, folder, monkeypatch, capsys):
+    (folder / "other.txt").write_text("def sub(a, b):\n    return a - b\n" * 400, encoding="utf-8")
+    before = curve(folder / "whole")
+    assert message in refused(folder, monkeypatch, capsys, *more)
+    assert curve(folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--text", "short.txt"), "--text must hold 2 or more blocks of 32 tokens, but short.txt has 0"),
+        (
+            ("--text", "short.txt", "--held_out", "text.txt"),
+            "--text must hold 1 or more blocks of 32 tokens, but short.txt",
+        ),
+        (("--held_out", "short.txt"), "--held_out must hold 1 or more blocks of 32 tokens, but short.txt has 0"),
+    ],
+)
+def test_a_text_that_is_too_short_is_named(more, message, folder, monkeypatch, capsys):
+    (folder / "short.txt").write_text("a = 1", encoding="utf-8")
+    assert message in refused(folder, monkeypatch, capsys, *more)
+
+
 def test_mixed_precision(folder):
     uptrain(folder, "mixed", "--bf16")
     whole, mixed = (torch.tensor([loss for *_, loss in curve(folder / name)]) for name in ("whole", "mixed"))
