@@ -99,7 +99,8 @@ class RequestBatching(CBGenerateManager):
     def init_cb(self, model, gen_config) -> None:
         """Starts the manager at the first request, with the model's settings: those of a request are its own."""
         shared = copy.deepcopy(model.generation_config)
-        shared.update(**SAMPLING)
+        shared.update(**SAMPLING, max_length=None)
+        check_followed(model, shared, None)
         batching = self._cb_config or default_batching(model.config)
         self._cb_config = dataclasses.replace(batching, per_request_processors=True)
         super().init_cb(model, shared)

@@ -374,6 +374,18 @@ def test_a_setting_that_all_requests_would_share_is_a_clients_error(setting, tok
 
 
 @batches
+def test_settings_of_the_model_that_batches_do_not_follow_are_named(tokenizer):
+    model = make_model(vocab_size=len(tokenizer))
+    model.generation_config.repetition_penalty = 1.5
+    with pytest.raises(HTTPException, match="RepetitionPenaltyLogitsProcessor") as refused, batching(model):
+        pass
+    assert refused.value.status_code == 422
+    model.generation_config.update(repetition_penalty=None, max_length=3)  # a request has a count of its own
+    with batching(model) as found:
+        assert len(answered(found, model, tokenizer, [3, 4, 5], max_length=None)) == NEW
+
+
+@batches
 def test_a_greedy_request_draws_nothing_where_tokens_are_equally_likely(tokenizer):
     """As in bfloat16, where the best two often are."""
     model = make_model(vocab_size=len(tokenizer))
