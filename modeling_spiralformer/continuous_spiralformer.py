@@ -373,14 +373,13 @@ class SpiralFormerBatchingManager(ContinuousBatchingManager):
         stop_strings = self.generation_config.stop_strings if stop_strings is None else stop_strings
         request_id = request_id or f"req_{uuid.uuid4().hex}"
         texts = [request_id, *(f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))]
-        router = self.output_router
-        router.take(texts)
-        if stop_strings:
-            router.watch(texts, stop_strings, self.tokenizer, streaming)
-            streaming = True
-        added = super().add_request(input_ids, request_id, max_new_tokens, streaming, *args, **kwargs)
-        if added is None:  # the library takes no more, and has said so
-            router.forget(texts)
+        self.output_router.take(texts, stop_strings, self.tokenizer, streaming)
+        streaming, added = streaming or bool(stop_strings), None
+        try:
+            added = super().add_request(input_ids, request_id, max_new_tokens, streaming, *args, **kwargs)
+        finally:
+            if added is None:  # the library takes no more, and has said so
+                self.output_router.forget(texts)
         return added
 
     def stop(self, *args, **kwargs) -> None:

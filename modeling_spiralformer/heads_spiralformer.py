@@ -111,10 +111,11 @@ def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str |
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` must be a tensor, but got {type(labels).__name__}.")
     shape, is_number = tuple(labels.shape), labels.is_floating_point()
-    if problem_type is None:  # as the library's loss tells it
+    if problem_type is None and num_labels == 1:  # as the library's loss tells it
+        problem_type = "regression"
+    elif problem_type is None:
         is_class = not is_number and labels.dtype != torch.bool
         problem_type = "single_label_classification" if is_class else "multi_label_classification"
-        problem_type = "regression" if num_labels == 1 else problem_type
     of_row = problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1)
     wanted = [(rows,), (rows, 1)] if of_row else [(rows, num_labels)]
     if shape not in wanted:

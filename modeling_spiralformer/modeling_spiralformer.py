@@ -356,8 +356,8 @@ class SpiralFormerPreTrainedModel(PreTrainedModel):
             check_shared(body)
         super().save_pretrained(save_directory, *args, **kwargs)
         # The library writes in the first process alone, also where each has a share of the weights and calls this.
-        is_first = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if kwargs.get("is_main_process", True) and (is_first or torch.distributed.get_rank() == 0):
+        shares = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if kwargs.get("is_main_process", True) and (not shares or torch.distributed.get_rank() == 0):
             remove_replaced(save_directory)
             if Path(save_directory, DIGESTS_NAME).exists():
                 write_digests(save_directory)

@@ -39,33 +39,31 @@ class StoppingRouter(OutputRouter):
         self.watched: dict[str, tuple[StopStringCriteria, bool]] = {}
         self.taken: set[str] = set()
 
-    def take(self, request_ids: list[str]) -> None:
-        """Keeps ids for requests until they end. The library would mix two requests of one id up, and end its loop.
-
-        Raises:
-            `ValueError`: for an id that a request has.
-        """
-        if taken := sorted(self.taken.intersection(request_ids)):
-            raise ValueError(f"`request_id` must be one that no request has, but got {taken[0]!r}.")
-        self.taken.update(request_ids)
-
-    def watch(
+    def take(
         self,
         request_ids: list[str],
-        stop_strings: str | list[str],
+        stop_strings: str | list[str] | None,
         tokenizer: PreTrainedTokenizerBase | None,
         streaming: bool,
     ) -> None:
-        """Requests to end at these strings; where not `streaming`, only their last output goes out.
+        """Keeps ids for requests until they end, at one of these strings where there are any.
+
+        The library would mix two requests of one id up, and end its loop.
+
+        Args:
+            streaming: whether, with stop strings, more than the last output goes out.
 
         Raises:
-            `ValueError`: without a tokenizer.
+            `ValueError`: for an id that a request has, for stop strings without a tokenizer.
         """
-        if tokenizer is None:
-            self.forget(request_ids)
-            raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
-        criteria = StopStringCriteria(tokenizer, stop_strings)
-        self.watched |= dict.fromkeys(request_ids, (criteria, streaming))
+        if taken := sorted(self.taken.intersection(request_ids)):
+            raise ValueError(f"`request_id` must be one that no request has, but got {taken[0]!r}.")
+        if stop_strings:
+            if tokenizer is None:
+                raise ValueError("`tokenizer` must be given with `stop_strings`, but got None.")
+            criteria = StopStringCriteria(tokenizer, stop_strings)
+            self.watched |= dict.fromkeys(request_ids, (criteria, streaming))
+        self.taken.update(request_ids)
 
     def forget(self, request_ids: list[str]) -> None:
         """Looks at these requests no more; their ids are free."""

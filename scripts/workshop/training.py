@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_spiralformer.files_spiralformer import DIGESTS_NAME, write_digests
-from workshop.checkpoints import CHECKPOINT_FILES, load_config, load_model, load_tokenizer, parse_overrides
+from workshop.checkpoints import load_config, load_model, load_tokenizer, parse_overrides
 from workshop.data import check_bytes, make_blocks, token_byte_lengths
 from workshop.elastic import ElasticTrainer, check_schedules
 from workshop.files import check_folder, finite, write_json
@@ -151,7 +151,7 @@ def run_training(trainer: Trainer, training: SpiralTrainingArguments):
     if trainer.args.should_save:  # strict JSON, also of a run that diverged
         path = Path(trainer.args.output_dir) / TRAINER_STATE_NAME
         write_json(path, json.loads(path.read_text(encoding="utf-8")), indent=2)
-        write_digests(trainer.args.output_dir, CHECKPOINT_FILES)
+        write_digests(trainer.args.output_dir, (TRAINER_STATE_NAME,))  # `save_model` has listed the others
 
 
 def run_evaluation(trainer: Trainer) -> dict[str, float]:

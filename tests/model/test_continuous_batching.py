@@ -420,6 +420,9 @@ def test_an_id_is_of_one_request_at_a_time(hard_stop, stops, tokenizer):
     manager.stop()  # which has not begun: the request waits
     with pytest.raises(ValueError, match="`request_id` must be one that no request has, but got 'x'"):
         manager.add_request(prompts()[1], "x", stop_strings=stops)
+    with pytest.raises(TypeError):
+        manager.add_request(prompts()[1], "y", 3, False, *range(9), stop_strings=stops)
+    assert manager.output_router.taken == {"x"}  # one that was not added has no id
     manager.start()
     try:
         for _ in range(2):  # its id is free when it has ended

@@ -11,9 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as library_logging
 
-from modeling_spiralformer.files_spiralformer import write_digests
 from workshop import training
-from workshop.checkpoints import CHECKPOINT_FILES
 from workshop.data import make_blocks
 from workshop.experiments import molecules, tasks
 from workshop.experiments.plan import Run
@@ -185,7 +183,6 @@ def train_run(run: Run, data_dir: Path, runs_folder: Path, tokenizer: Path, repo
     trainer.remove_callback(PrinterCallback)
     train_to_end(trainer, progress)
     trainer.save_model()
-    write_digests(folder, CHECKPOINT_FILES)
     tokens_per_step = settings["batch_size"] * settings["block_size"]
     history = list(trainer.state.log_history)  # the evaluations below are logged too
     found = evaluate()
