@@ -35,7 +35,7 @@ set_seed(0)
 
 tokenizer = AutoTokenizer.from_pretrained(arguments.model or TOKENIZER_FOLDER, padding_side="right")
 if arguments.model:
-    model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32", output_loading_info=True)
     if any(loading.values()):  # the library would draw or drop these weights, and warn
         parser.error(f"--model must hold the weights of its configuration, but loading it gave {loading}")
 else:

@@ -13,6 +13,7 @@ its own.
 import argparse
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,47 +34,68 @@ from transformers import (
 
 import modeling_spiralformer  # noqa: F401  registers the Auto classes
 
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The type of an option that is a number of that size or larger."""
+
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"it must be {lowest} or more, but got {text}")
+        return int(text)
+
+    return number
+
+
 parser = argparse.ArgumentParser()
 parser.add_argument("converted", help="checkpoint of scripts/convert.py, with its tokenizer")
 parser.add_argument("output_dir")
 parser.add_argument("--text", required=True, help="a text file to train on")
 parser.add_argument("--held_out", help="a text file to evaluate on; default: the last twentieth of --text")
 parser.add_argument("--source", help="the checkpoint that was converted, to be trained in the same way")
-parser.add_argument("--block_size", type=int, default=512)
-parser.add_argument("--held_out_blocks", type=int, default=64, help="at most so many blocks are evaluated")
-parser.add_argument("--batch_size", type=int, default=8)
-parser.add_argument("--adapter_steps", type=int, default=0, help="steps of new parts and LoRA alone")
+parser.add_argument("--block_size", type=at_least(2), default=512)
+parser.add_argument("--held_out_blocks", type=at_least(1), default=64, help="at most so many blocks are evaluated")
+parser.add_argument("--batch_size", type=at_least(1), default=8)
+parser.add_argument("--adapter_steps", type=at_least(0), default=0, help="steps of new parts and LoRA alone")
 parser.add_argument("--adapter_learning_rate", type=float, default=5e-4)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
-parser.add_argument("--max_steps", type=int, default=1000, help="steps of everything")
-parser.add_argument("--eval_steps", type=int, default=200)
+parser.add_argument("--max_steps", type=at_least(1), default=1000, help="steps of everything")
+parser.add_argument("--eval_steps", type=at_least(1), default=200)
 parser.add_argument("--bf16", action="store_true", help="mixed precision: for an accelerator")
 arguments = parser.parse_args()
 
 
 def load(name: str) -> PreTrainedModel:
-    """The model, refused where the library would draw or drop weights, and only warn."""
-    model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    """The model in float32, refused where the library would draw or drop weights, and only warn."""
+    model, loading = AutoModelForCausalLM.from_pretrained(name, dtype="float32", output_loading_info=True)
     if any(loading.values()):
         parser.error(f"{name} must hold the weights of its configuration, but loading it gave {loading}")
     return model
 
 
-def check_run(path: Path) -> None:
-    """Keeps what decides the run, and refuses another: it would be given the models and losses of the first."""
-    now = {
-        name: value for name, value in vars(arguments).items() if name not in ("output_dir", "source", "eval_steps")
-    }
-    for name in ("text", "held_out"):
-        if now[name] is not None:
-            now[name] = f"sha256 {hashlib.sha256(Path(now[name]).read_bytes()).hexdigest()}"
+def digest(*parts: bytes) -> str:
+    """What tells other content from the same, wherever it lies."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return f"sha256 {found.hexdigest()}"
+
+
+def check_run(name: str, model: PreTrainedModel, path: Path) -> None:
+    """Keeps what decides a run, and refuses another: it would be given the models and losses of the first."""
+    config = {field: value for field, value in model.config.to_diff_dict().items() if field != "transformers_version"}
+    weights = (tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    now = {"model": digest(json.dumps(config, default=str).encode(), *weights), **texts}
+    for option, value in vars(arguments).items():
+        if option not in ("converted", "source", "output_dir", "text", "held_out", "eval_steps"):
+            now[f"--{option}"] = value
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now), encoding="utf-8")
     before = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in now.items():
-        if value != before[name]:
-            parser.error(f"--{name} must be {before[name]}, that of the run in {path.parent}, but got {value}")
+    for field, value in now.items():
+        if value != before.get(field):
+            what = f"the model of {name}" if field == "model" else field
+            parser.error(f"{what} must be {before.get(field)}, that of the run in {path.parent}, but got {value}")
 
 
 def read_blocks(name: str) -> list[list[int]]:
@@ -100,8 +122,12 @@ class Curve(TrainerCallback):
 def adapt(model: PreTrainedModel) -> nn.Module:
     """LoRA on the core, with the new parts whole; LoRA on every layer of a model without a core."""
     new_parts = [name for name, _ in model.named_modules() if name.endswith((".scorer", ".allocator", ".topology"))]
-    layers = ".core." if new_parts else ".layers."
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and layers in name]
+    layers = (".core.",) if new_parts else (".layers.", ".prelude.", ".coda.")
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(part in name for part in layers)
+    ]
     lora = {"r": 16, "lora_alpha": 32, "target_modules": linear, "modules_to_save": new_parts or None}
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
@@ -175,17 +201,21 @@ for option, (found, count) in needed.items():
             f"--{option} must hold {count} or more blocks of {arguments.block_size} tokens, but "
             f"{getattr(arguments, option)} has {len(found)}"
         )
-check_run(Path(arguments.output_dir) / "run.json")
-if not arguments.held_out:
+texts = {"--text": digest(json.dumps(blocks).encode()), "--held_out": None}
+if arguments.held_out:
+    texts["--held_out"] = digest(json.dumps(held_out).encode())
+else:
     blocks = blocks[: -len(held_out)]
 data = {"train": blocks, "held out": held_out[: arguments.held_out_blocks]}
 data = {name: Dataset.from_dict({"input_ids": part, "labels": part}) for name, part in data.items()}
 
 folders = {"converted": Path(arguments.output_dir)}
-uptrain(arguments.converted, folders["converted"])
 if arguments.source is not None:
     folders["source"] = folders["converted"] / "source"
-    uptrain(arguments.source, folders["source"])
+for name, folder in folders.items():
+    check_run(name, load(getattr(arguments, name)), folder / "run.json")
+for name, folder in folders.items():
+    uptrain(getattr(arguments, name), folder)
 for name, folder in folders.items():
     losses = [loss for _, _, loss in json.loads((folder / "curve.json").read_text(encoding="utf-8"))]
     print(f"held-out loss: {name} {losses[0]:.3f}, after training {losses[-1]:.3f}")

@@ -10,7 +10,13 @@ from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.files_spiralformer import remove_replaced, write_digests
-from workshop.checkpoints import CHECKPOINT_FILES, has_tokenizer, parse_overrides
+from workshop.checkpoints import (
+    CHECKPOINT_FILES,
+    TOKENIZER_FILES,
+    has_tokenizer,
+    parse_overrides,
+    remove_replaced_tokenizer,
+)
 from workshop.conversion import (
     FAMILY_OF,
     ROUTER_BIAS,
@@ -70,6 +76,8 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
     source, tokenizer = load_source(arguments.model_name_or_path, arguments.to, arguments.gguf_file)
+    if tokenizer is None and any((output / name).exists() for name in TOKENIZER_FILES):
+        refuse("output_dir", arguments.output_dir, "a folder without a tokenizer, as the source has none")
     if arguments.to != "spiralformer":
         converted = to_plain(source)
     else:
@@ -80,6 +88,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
     remove_replaced(arguments.output_dir)  # a model of the library leaves what was there
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.output_dir)
+        remove_replaced_tokenizer(tokenizer, arguments.output_dir)
     write_digests(arguments.output_dir, CHECKPOINT_FILES)
     return converted
 

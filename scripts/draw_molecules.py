@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from workshop.evaluation import load
-from workshop.files import ROOT, check_folder, write_json
+from workshop.files import ROOT, check_folder, remove_older, write_json
 from workshop.molecules.judging import check_rdkit, classes_of, judge
 from workshop.molecules.passes import check_loop, errors_by_pass
 from workshop.molecules.pictures import draw_grid, draw_passes
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> dict:
     passes = list(errors_by_pass(model, tokenizer, [], None, count=arguments.pass_samples, **options))
     print(f"\n{passes_table(passes)}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_older(folder, PICTURES)
     valid = [smiles for smiles in dict.fromkeys(samples) if classes[smiles] == "valid"]
     if valid:
         draw_grid(valid[: arguments.shown], folder / "molecules.png")

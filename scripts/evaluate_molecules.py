@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from workshop.evaluation import load
-from workshop.files import check_folder, write_json
+from workshop.files import check_folder, remove_older, write_json
 from workshop.molecules.hierarchy import hierarchy_figures, tally, tally_by_validity
 from workshop.molecules.judging import check_rdkit, classes_of
 from workshop.molecules.measures import measure
@@ -48,10 +48,8 @@ class MoleculeEvaluationArguments:
 
     def __post_init__(self):
         check_numbers(self, seed=(0, LARGEST_SEED))
-        check_counts(self, "samples", "top_k", "references", "pass_samples", "head_steps")
-        for name in ("max_length", "resamples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"`{name}` must be an integer >= 2, but got {getattr(self, name)}.")
+        check_counts(self, "samples", "top_k", "pass_samples", "head_steps")
+        check_counts(self, "max_length", "references", "resamples", least=2)
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be above 0, but got {self.temperature}.")
         if self.head_steps is not None and not self.by_pass:
@@ -75,6 +73,7 @@ def main(argv: list[str]) -> dict:
     print(f"{figures_table(figures, len(samples))}\n\n{hierarchy_table(hierarchy)}")
     results = {"settings": vars(arguments), "figures": figures, "hierarchy": hierarchy}
     folder.mkdir(parents=True, exist_ok=True)
+    remove_older(folder, ["passes.png"])
     with open(folder / "samples.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("smiles", "class"), *((smiles, classes[smiles]) for smiles in samples)])
     if arguments.by_pass:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from workshop.files import check_folder, is_finite, write_json
+from workshop.files import check_folder, is_finite, remove_older, write_json
 from workshop.probes.measures import LOCAL_TOKENS, probe
 from workshop.probes.pictures import PICTURE_FILES, draw, report
 from workshop.settings import check_counts
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(table)
     write_json(folder / "probes.json", results)
     (folder / "probes.md").write_text(table + "\n", encoding="utf-8")
+    remove_older(folder, PICTURE_FILES)
     if is_finite(results):
         draw(results, folder)
     else:

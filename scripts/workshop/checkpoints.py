@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -200,8 +203,13 @@ def weight_files(name_or_path: str) -> list[Path]:
 
 def saved_dtype(name_or_path: str) -> torch.dtype:
     """The type that takes every weight of a checkpoint as it is. What config.json says may be narrower."""
-    saved = [value.dtype for file in weight_files(name_or_path) for value in load_state_dict(file, "meta").values()]
-    floating = [dtype for dtype in saved if dtype.is_floating_point]
+    saved = (load_state_dict(file, "meta").values() for file in weight_files(name_or_path))
+    return common_dtype(itertools.chain.from_iterable(saved))
+
+
+def common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The type that takes every floating tensor as it is."""
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     return functools.reduce(torch.promote_types, floating) if floating else torch.float32
 
 
@@ -262,6 +270,17 @@ def load_model(
 def has_tokenizer(name_or_path: str) -> bool:
     """Whether a folder or a repository on the Hub holds a tokenizer."""
     return any(find(name_or_path, name) for name in TOKENIZER_FILES)
+
+
+def remove_replaced_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """After a tokenizer was saved into a folder: removes what only an older one had there, such as a chat template."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        saved = {path.relative_to(scratch) for path in Path(scratch).rglob("*")}
+    for pattern in (*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATE_DIR}/*"):
+        for path in Path(folder).glob(pattern):
+            if path.is_file() and path.relative_to(folder) not in saved:
+                path.unlink()
 
 
 def load_tokenizer(

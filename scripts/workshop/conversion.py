@@ -26,7 +26,7 @@ from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.layers_spiralformer import FAMILIES, LayerFamily
 from modeling_spiralformer.topology_spiralformer import SpiralFormerHyperConnections, SpiralFormerMeSH, logit
-from workshop.checkpoints import check_loaded, has_tokenizer, load_config, load_model, load_tokenizer
+from workshop.checkpoints import check_loaded, common_dtype, has_tokenizer, load_config, load_model, load_tokenizer
 
 # How firmly the routers of a converted model start at one slot: its share is e^b / (e^b + N - 1) of N slots.
 ROUTER_BIAS = 6.0
@@ -280,7 +280,7 @@ def to_spiralformer(
     **options,
 ) -> SpiralFormerForCausalLM:
     """
-    A SpiralFormer in the dtype of a model of one of `FAMILIES`, and with its weights.
+    A SpiralFormer with the weights of a model of one of `FAMILIES`, in the dtype that takes all of them, and its mode.
 
     The prelude copies the source's first layers, the coda its last ones.
 
@@ -306,7 +306,7 @@ def to_spiralformer(
     layers = layers_of(source)
     groups = default_core_layers(config, len(layers)) if core_layers is None else core_layers
     check_core_layers(groups, config, len(layers))
-    target = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
+    target = AutoModelForCausalLM.from_config(config, dtype=common_dtype(source.parameters())).train(source.training)
     copy_outside_of_layers(source, target)
     prelude = [[i] for i in range(config.num_prelude_layers)]
     coda = [[i] for i in range(len(layers) - config.num_coda_layers, len(layers))]
@@ -324,12 +324,13 @@ def to_spiralformer(
 @torch.no_grad()
 def to_plain(source: SpiralFormerForCausalLM) -> PreTrainedModel:
     """
-    A plain stack (`chunk_sizes=[]`) as the library's own model of its family, with the same dtype, tensors and logits.
+    A plain stack (`chunk_sizes=[]`) as the library's own model of its family, with the same tensors, logits and mode.
 
     Raises:
         ValueError: where `plain_config` does.
     """
-    target = AutoModelForCausalLM.from_config(plain_config(source.config), dtype=source.dtype)
+    target = AutoModelForCausalLM.from_config(plain_config(source.config), dtype=common_dtype(source.parameters()))
+    target.train(source.training)
     copy_outside_of_layers(source, target)
     for layer, copied in zip(layers_of(target), layers_of(source), strict=True):
         copy_layer([copied], layer)

@@ -1,5 +1,7 @@
 """Sliding-window perplexity of texts, LAMBADA through lm-evaluation-harness, and the table of both."""
 
+from pathlib import Path
+
 import evaluate
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +33,14 @@ def load(model_name_or_path: str, tokenizer_name: str) -> tuple[PreTrainedModel,
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     model = load_model(model_name_or_path, config).to(accelerator or "cpu")
     return model.eval(), tokenizer
+
+
+def load_by_name(folders: list[str]) -> dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """Models and tokenizers by the name of their folder. Raises ValueError, naming `models`, where two have one."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`models` must be folders of different names, but got {', '.join(folders)}.")
+    return {name: load(folder, folder) for name, folder in zip(names, folders, strict=True)}
 
 
 def evaluate_text(

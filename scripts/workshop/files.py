@@ -83,6 +83,12 @@ def check_folder(name: str, path: str | Path, files: Iterable[str] = ()) -> Path
     return Path(path)
 
 
+def remove_older(folder: Path, files: Iterable[str]) -> None:
+    """Removes files of an older run that this one may not write: they would lie beside figures that are not theirs."""
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
+
+
 def check_file(name: str, path: str | Path, endings: Iterable[str] = ()) -> Path:
     """
     The file that a command will write. Nothing is made yet, and nothing changed.

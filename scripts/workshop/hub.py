@@ -6,12 +6,13 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 import modeling_spiralformer
 from modeling_spiralformer.files_spiralformer import write_digests
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.checkpoints import CHECKPOINT_FILES, load_config, load_model, load_tokenizer
+from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATTERNS, load_config, load_model, load_tokenizer
 from workshop.model_card import make_card
 
 # What `Trainer` writes of an evaluation beside the figures.
@@ -44,6 +45,7 @@ def read_evaluation(folder: Path) -> dict[str, float | str]:
 def build_card(
     folder: Path,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     repo_id: str,
     license: str | None = None,
     language: str | None = None,
@@ -54,7 +56,7 @@ def build_card(
     readme = folder / "README.md"
     if not readme.is_file():
         said = {"license": license, "language": language, "dataset": dataset, "training_data": training_data}
-        return make_card(model, repo_id, **said, evaluation=read_evaluation(folder))
+        return make_card(model, repo_id, **said, evaluation=read_evaluation(folder), tokenizer=tokenizer)
     if training_data is not None:
         raise ValueError(
             f"`training_data` must be left out where the checkpoint has a card, but got {training_data!r}: "
@@ -91,7 +93,7 @@ def push(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         write_digests(folder, CHECKPOINT_FILES)
-        build_card(Path(checkpoint), model, repo_id, **said).save(Path(folder) / "README.md")
+        build_card(Path(checkpoint), model, tokenizer, repo_id, **said).save(Path(folder) / "README.md")
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -100,6 +102,6 @@ def push(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            # A checkpoint in one file after one in several, or the other way round: what is gone here goes there.
-            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+            # One file of weights after several, or the other way round, or another tokenizer: what is gone goes there.
+            delete_patterns=["*.safetensors*", *TOKENIZER_PATTERNS, f"{CHAT_TEMPLATE_DIR}/*"],
         )

@@ -1,8 +1,10 @@
 """The memory of a cache beside that of full-resolution models of equal depth, and its picture."""
 
 import dataclasses
+import itertools
 
 from modeling_spiralformer import SpiralFormerConfig
+from modeling_spiralformer.configuration_spiralformer import TOPOLOGY_FIELDS
 from workshop.plotting import new_figure, plt, save
 
 MEBIBYTE = 2**20
@@ -14,7 +16,7 @@ def equal_depth(config: SpiralFormerConfig) -> dict[str, SpiralFormerConfig]:
     fields |= {"chunk_offsets": None, "causal_shifts": None}
     looped = {"chunk_sizes": [1] * config.num_iterations}
     plain = {"num_prelude_layers": config.num_hidden_layers, "num_core_layers": 0, "num_coda_layers": 0}
-    plain |= {"chunk_sizes": [], "num_memory_slots": None}
+    plain |= {"chunk_sizes": [], **dict.fromkeys(itertools.chain(*TOPOLOGY_FIELDS.values()))}
     return {
         "looped, all at full resolution": SpiralFormerConfig(**{**fields, **looped}),
         "plain, of equal depth": SpiralFormerConfig(**{**fields, **plain}),

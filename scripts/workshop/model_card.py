@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,7 +20,7 @@ from modeling_spiralformer.files_spiralformer import (
     write_digests,
 )
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATTERNS
+from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATTERNS, remove_replaced_tokenizer
 from workshop.costs import repeated_flops
 from workshop.tables import config_schedule
 
@@ -55,6 +55,12 @@ def loop_in_words(config: PreTrainedConfig) -> str:
     return f"a looped Transformer whose {core} runs {times}, over {over}"
 
 
+def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts eos after each text that it begins with a token of its own, such as bos."""
+    ids = tokenizer("")["input_ids"]
+    return len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+
+
 def make_card(
     model: PreTrainedModel,
     repo_id: str,
@@ -67,6 +73,8 @@ def make_card(
     evaluated_on: str = "text held out of the training data",
     settings: dict[str, object] | None = None,
     with_code: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sampling: dict[str, float] | None = None,
 ) -> ModelCard:
     """
     A card with metadata, description, usage, training data, evaluation and limits.
@@ -82,9 +90,13 @@ def make_card(
         evaluated_on: what they were measured on, in words.
         settings: settings of the training by name.
         with_code: whether the code of the model is beside the weights, or in the package alone.
+        tokenizer: that of the model. Where it ends each text, the usage draws new ones: a pipeline would go on after
+            the end.
+        sampling: settings of `generate()` that the usage then shows.
     """
     auto_class = auto_class_of(model)
     task, name = PIPELINES[auto_class], repo_id.split("/")[-1]
+    sampling = sampling or {"max_length": model.config.max_position_embeddings}
     evaluation = evaluation or {}
     results = [
         EvalResult(
@@ -126,6 +138,8 @@ def make_card(
         evaluated_on=evaluated_on,
         settings=settings or {},
         with_code=with_code,
+        ends_texts=task == "text-generation" and tokenizer is not None and ends_texts(tokenizer),
+        sampling=", ".join(f"{setting}={value}" for setting, value in sampling.items()),
     )
 
 
@@ -171,6 +185,8 @@ class CardTrainer(Trainer):
         """As the library's; lists the files of `output_dir` in SHA256SUMS, with which they are pushed."""
         super().save_model(output_dir, _internal_call)
         if output_dir is None and self.args.should_save:
+            if self.processing_class is not None:
+                remove_replaced_tokenizer(self.processing_class, self.args.output_dir)
             write_digests(self.args.output_dir, CHECKPOINT_FILES)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -259,6 +275,7 @@ class CardTrainer(Trainer):
             training_data=self.training_data,
             evaluation=summary.eval_results,
             settings=summary.hyperparameters,
+            tokenizer=self.processing_class,
         )
         for tag in [summary.tags] if isinstance(summary.tags, str) else summary.tags:
             if tag not in card.data.tags:

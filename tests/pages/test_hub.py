@@ -224,6 +224,17 @@ def test_a_card_says_which_loop_the_model_has(options, words):
     assert words in make_card(small_model(**options), "a").content
 
 
+def test_a_card_draws_texts_where_the_tokenizer_ends_each():
+    """A pipeline would go on after the end; without a token that begins a text, there is nothing to draw from."""
+    smiles, code = (AutoTokenizer.from_pretrained(ROOT / name) for name in ("tokenization/smiles", "tokenization"))
+    for tokenizer, draws in ((smiles, True), (code, False), (None, False)):
+        for with_code in (True, False):
+            content = make_card(small_model(), "a", tokenizer=tokenizer, with_code=with_code).content
+            assert ("pipeline(" in content) != draws and ("do_sample=True, max_length=512," in content) == draws
+    head = package.SpiralFormerForTokenClassification(small_config())
+    assert "pipeline(" in make_card(head, "a", tokenizer=smiles).content
+
+
 def test_a_card_of_a_head_without_figures():
     card = make_card(package.SpiralFormerForTokenClassification(small_config(chunk_sizes=[], num_core_layers=0)), "a")
     assert card.data.pipeline_tag == "token-classification" and card.data.eval_results is None
@@ -292,6 +303,14 @@ def test_every_commit_has_the_digests_of_its_files(strategy, copying_hub, tmp_pa
     assert ("tokenizer.json" in copying_hub.listed[0][1]) and ("tokenizer.json" not in copying_hub.listed[-1][1])
 
 
+def test_an_older_tokenizer_of_the_folder_is_gone(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenization")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    card_trainer(tmp_path, tokenizer=tokenizer).save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+    assert "chat_template.jinja" not in read_digests(tmp_path) and "tokenizer.json" in read_digests(tmp_path)
+
+
 def test_a_push_without_training_has_the_digests_of_its_files(copying_hub, tmp_path):
     for seed in (0, 1):
         trainer = card_trainer(tmp_path / str(seed), seed)
@@ -335,17 +354,21 @@ def test_every_option_of_the_script(checkpoint, hub, monkeypatch):
     monkeypatch.setattr(hub_module, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     said = {"license": "mit", "language": "en", "dataset": "me/texts", "training_data": "Old letters."}
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     push(**arguments(checkpoint, "me/s", "--private", *(f"--{name}={value}" for name, value in said.items())))
     files, repository = hub.files("me/s"), hub.repositories["me/s"]
     assert repository.private and files.keys() > CODE and b"BF16" in files["model.safetensors"][:10000]
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.language, card.data.datasets) == ("mit", "en", ["me/texts"])
+    assert "chat_template.jinja" in files
     assert "Old letters." in card.content and "| Loss | 2.5 |" in card.content and "Runtime" not in card.content
 
-    # Weights in several files in place of one: the one that was there would be the one that loads.
+    # Weights in several files in place of one: the one that was there would be the one that loads. Templates, too.
+    (checkpoint / "chat_template.jinja").unlink()
     commit = push(**arguments(checkpoint, "me/s", "--max_shard_size=60KB", "--commit_message=In shards"))
     files = hub.files("me/s")
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert "chat_template.jinja" not in files and "tokenizer.json" in files
     assert repository.messages[commit.oid] == "In shards"
 
     push(**arguments(checkpoint, "me/s", "--revision=other"))

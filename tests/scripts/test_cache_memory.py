@@ -7,6 +7,7 @@ import torch
 from documents import ROOT, run
 from support import small_config
 
+from modeling_spiralformer import SpiralFormerConfig
 from workshop.costs import cache_bytes, promised_bytes
 from workshop.memory import equal_depth
 
@@ -37,6 +38,12 @@ def test_measured_bytes_follow_the_formula_and_equal_depth_models_hold_every_tok
     for other in equal_depth(config).values():
         assert other.num_hidden_layers == config.num_hidden_layers
         assert sum(cache_bytes(other, 2048, 2, torch.float32).values()) == 2 * 2048 * 2 * width * 4 * 10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configuration").iterdir()), ids=lambda path: path.name)
+def test_every_published_configuration_has_models_of_equal_depth(path):
+    config = SpiralFormerConfig.from_pretrained(path)
+    assert {other.num_hidden_layers for other in equal_depth(config).values()} == {config.num_hidden_layers}
 
 
 def test_the_command_prints_and_draws(tmp_path):

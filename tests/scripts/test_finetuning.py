@@ -372,3 +372,18 @@ def test_the_commands_of_the_page_run(workplace, monkeypatch, capsys):
     assert all(f"model.core.{layer}.attention.query_key_value.weight" in changed for layer in range(4))
     assert json.loads(Path("runs/lora/adapter_config.json").read_text())["r"] == 4
     assert 0 < (again["lm_head.weight"] - merged["lm_head.weight"]).abs().max() < 2.01e-4  # that learning rate
+
+
+def test_a_checkpoint_in_half_precision_is_fine_tuned_in_float32(tmp_path, monkeypatch):
+    """A norm of 1 is left where it is by a step that bfloat16 rounds away."""
+    model = small_model(vocab_size=len(TOKENIZER), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    TOKENIZER.save_pretrained(tmp_path / "half")
+    (tmp_path / "text.txt").write_text("def add(a, b): return a + b\n" * 20)
+    words = ["--model", "half", "--text", "text.txt", "--output_dir", "tuned", "--max_steps", "1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words, "--learning_rate", "1e-4"])
+    runpy.run_path(str(ROOT / "examples" / "finetune.py"), run_name="__main__")
+    tuned = AutoModelForCausalLM.from_pretrained("tuned")
+    assert model.dtype == torch.bfloat16 and tuned.dtype == torch.float32
+    assert (tuned.model.norm.weight != model.model.norm.weight.float()).all()

@@ -1,6 +1,8 @@
 """Models of molecules that the repository keeps: each is what its card says; the commands that make and show them."""
 
+import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -54,7 +56,18 @@ def test_a_checkpoint_is_what_its_card_says(folder):
     errors = [f"{100 * samples[kind] / samples['count']:.1f}%" for kind in ("bracket", "ring", "valence", "other")]
     assert f" {', '.join(errors)} " in row
     assert figures["command"] in card and figures["commit"] in card and figures["training_rows"] in card
-    assert str(committed.card_of(model, figures, f"checkpoints/{folder.name}")) == card
+    assert str(committed.card_of(model, tokenizer, figures, f"checkpoints/{folder.name}")) == card
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_the_usage_of_a_card_draws_molecules(folder, capsys, monkeypatch):
+    """The tokenizer ends each text: what goes on after that end is no molecule in nine of ten."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    exec(code, {})
+    drawn = ast.literal_eval(capsys.readouterr().out)
+    assert len(drawn) == 8 and sum(Chem.MolFromSmiles(smiles) is not None for smiles in drawn) >= 6
 
 
 def test_checkpoints_are_small_and_hold_no_code():
@@ -179,6 +192,7 @@ def test_the_pictures_show_the_valid_ones_and_the_table_counts_all(kept, tmp_pat
 def test_where_nothing_is_valid_there_is_no_grid(kept, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(draw_molecules, "sample", lambda model, tokenizer, count, **options: ["C1"] * count)
     monkeypatch.setattr(passes, "sample", lambda model, tokenizer, count, **options: ["C1"])
+    (tmp_path / "molecules.png").touch()  # of an older run
     results = draw_molecules.main(["--model", str(kept[2]), "--output_dir", str(tmp_path), "--samples", "3"])
     assert results["counts"]["valid"] == 0 and results["shown"] == []
     assert not (tmp_path / "molecules.png").exists() and "molecules.png" not in capsys.readouterr().out

@@ -181,6 +181,8 @@ def test_shares_are_of_what_their_names_say(monkeypatch):
     assert f"fcd: {NO_FCD}" in table and "of 10 samples" in table and "66.7%" in table
     with pytest.raises(ValueError, match="`train_file`.*'C1CC'"):
         measure(samples, ["C1CC"], 10, 10, 0)
+    monkeypatch.setattr(measures, "find_spec", lambda name: "fcd")
+    assert measure(["CCO"] * 10, ["CCC"], 10, 10, 0)["fcd"] == "not measured: fewer than 2 training molecules"
 
 
 def test_an_interval_of_a_share_is_wilsons():
@@ -337,6 +339,7 @@ def test_the_commands_of_the_page(data, tmp_path):
         (["--samples", "0"], "samples"),
         (["--max_length", "1"], "max_length"),
         (["--resamples", "1"], "resamples"),
+        (["--references", "1"], "references"),
         (["--temperature", "0"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--head_steps", "5"], "head_steps"),
@@ -346,6 +349,15 @@ def test_the_commands_of_the_page(data, tmp_path):
 def test_settings_without_sense_are_refused(more, field):
     with pytest.raises(ValueError, match=f"`{field}`"):
         evaluate_molecules.main(["--model", "m", "--train_file", "f", *more])
+
+
+def test_a_picture_of_an_older_run_is_gone(data, tmp_path):
+    looped(topology="mesh").save_pretrained(tmp_path / "looped")
+    TOKENIZER.save_pretrained(tmp_path / "looped")
+    (tmp_path / "passes.png").touch()
+    words = ["--model", str(tmp_path / "looped"), "--train_file", str(data / "train.txt"), "--samples", "5"]
+    evaluate_molecules.main([*words, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "molecules.json").is_file() and not (tmp_path / "passes.png").exists()
 
 
 def test_a_model_without_a_loop_has_no_passes(data, tmp_path):

@@ -19,6 +19,7 @@ import compare_cache_precision
 import compare_cache_sharing
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM, SpiralFormerQuantizedCache
 from workshop import padded_rows
+from workshop.molecules import cache_sharing
 from workshop.molecules.cache_precision import Way, bytes_per_token, levels_of, losses_through_cache
 from workshop.molecules.cache_sharing import FIRST, FIRST_ALONE, LAST, MEAN, WAYS, SharedKeys, groups_of, sharing_cache
 from workshop.molecules.quantising import ratio
@@ -107,6 +108,18 @@ def test_the_command_of_the_page_quantises_level_by_level(models, tmp_path, caps
 def test_settings_are_checked(models, tmp_path, command):
     with pytest.raises(ValueError, match="`molecules` must be an integer >= 2"):
         command.main(words(models, tmp_path, "--molecules", "1"))
+
+
+@pytest.mark.parametrize("command", [compare_cache_precision, compare_cache_sharing])
+def test_models_of_one_name_are_refused(models, tmp_path, command):
+    with pytest.raises(ValueError, match="`models` must be folders of different names, but got .*looped, .*looped/"):
+        command.main(words(models, tmp_path, "--models", str(models / "looped"), f"{models / 'looped'}/"))
+
+
+def test_a_model_that_cannot_share_is_refused_before_the_others_are_read(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_sharing, "compare_sharing", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="`models` must have `share_core` and a chunk size more than once"):
+        compare_cache_sharing.main(words(models, tmp_path, "--models", str(models / "looped"), str(models / "spiral")))
 
 
 # -- shared -------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_an_empty_schedule_has_the_logits_of_the_source_and_goes_back(options, s
 @torch.no_grad()
 def check_plain_stack(source, options: dict):
     """A source without a loop has its logits as a SpiralFormer, padded or not, and goes back; the converted model."""
-    converted = to_spiralformer(source, chunk_sizes=[], **options).eval()
+    converted = to_spiralformer(source, chunk_sizes=[], **options)
     ids, mask = pad_rows([random_ids(1, n, seed=n)[0] for n in (23, 17, 20)], "left")
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     for inputs in ({"input_ids": ids[:1]}, {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}):
@@ -104,6 +104,7 @@ def check_plain_stack(source, options: dict):
         assert torch.equal(got[mask[: len(got)].bool()], expected[mask[: len(got)].bool()])
     back = to_plain(converted)
     assert type(back) is type(source) and same_state(back, source)
+    assert not back.training and to_plain(to_spiralformer(source.train(), chunk_sizes=[], **options)).training
     assert comparable(back.config) == comparable(source.config)
     return converted
 
@@ -336,6 +337,34 @@ def test_a_looped_checkpoint_keeps_dtype_tokenizer_and_generation_settings(check
     text = "def read(path):\n    return 1"
     assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
     assert type(tokenizers[0]) is type(tokenizers[1]) and tokenizers[1].decode(tokenizers[1](text).input_ids) == text
+
+
+@torch.no_grad()
+def test_weights_of_two_dtypes_are_kept_in_the_one_that_takes_both():
+    source = neox_model(torch.bfloat16)
+    source.get_output_embeddings().double()
+    source.get_output_embeddings().weight += 2.0**-20  # no number of bfloat16, nor a small one of float32
+    converted = to_spiralformer(source, chunk_sizes=[])
+    for model in (converted, to_plain(converted)):
+        assert model.dtype == torch.float64
+        assert torch.equal(model.get_output_embeddings().weight, source.get_output_embeddings().weight)
+
+
+def test_an_older_tokenizer_of_the_folder_is_gone(checkpoint, tmp_path):
+    """What it alone had, and what is no tokenizer's stays; a source without a tokenizer does not get that one."""
+    there, template = tmp_path / "there", "{{ messages }}"
+    (there / "additional_chat_templates").mkdir(parents=True)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt", "notes.txt"):
+        (there / name).write_text(template)
+    convert_main(ConversionArguments(str(checkpoint), str(there), config_overrides=SPLIT))
+    assert AutoTokenizer.from_pretrained(there).chat_template is None
+    assert "notes.txt" in files(there) and not {"chat_template.jinja", "merges.txt"} & files(there)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    before = {name: (there / name).read_bytes() for name in files(there) if (there / name).is_file()}
+    with pytest.raises(ValueError, match="`output_dir` must be a folder without a tokenizer"):
+        convert_main(ConversionArguments(str(checkpoint), str(there), config_overrides=SPLIT))
+    assert all((there / name).read_bytes() == content for name, content in before.items())
 
 
 def test_the_router_bias_and_the_seed_have_an_effect(checkpoint, tmp_path):

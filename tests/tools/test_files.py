@@ -226,6 +226,8 @@ def test_a_model_that_diverged_is_evaluated_and_probed(diverged, tmp_path, capsy
         model.model.get_submodule(layer).weight.data.fill_(math.nan)
         model.save_pretrained(diverged)
         words = ["--model", str(diverged), "--text", text, "--sequences", "2", "--length", "32"]
+        (tmp_path / layer).mkdir()
+        (tmp_path / layer / "updates.png").touch()  # of an older run
         probe.main([*words, "--output_dir", str(tmp_path / layer)])
         probed = strict((tmp_path / layer / "probes.json").read_text("utf-8"))
         entropy = probed["models"]["model"]["metrics"]["key-marginal entropy"]["values"][0][0][0]

@@ -36,7 +36,10 @@ def folder(tmp_path_factory) -> Path:
     source = large_weights(GPTNeoXForCausalLM(config))
     loop = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "chunk_sizes": [2, 1]}
     converted = to_spiralformer(source, **loop)
-    for name, model in (("source", source), ("converted", converted)):
+    plain = to_spiralformer(source, chunk_sizes=[])
+    base = to_spiralformer(source, **{**loop, "chunk_sizes": [1]}, topology="base")
+    models = {"source": source, "converted": converted, "plain": plain, "base": base}
+    for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 400, encoding="utf-8")
@@ -122,9 +125,9 @@ def test_a_run_that_was_cut_off_while_it_saved_saves_again(name, folder, monkeyp
     assert {path.name for path in cut.iterdir()} == {path.name for path in (folder / "whole").iterdir()} - {"source"}
 
 
-def refused(folder: Path, monkeypatch, capsys, *more: str) -> str:
-    """What the example says of options that it does not take, with the folder of the whole run."""
-    monkeypatch.setattr(sys, "argv", ["uptrain.py", "converted", "whole", "--text", "text.txt", *OPTIONS, *more])
+def refused(folder: Path, monkeypatch, capsys, *more: str, converted: str = "converted") -> str:
+    """What the example says of what it does not take, with the folder of the whole run."""
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", converted, "whole", "--text", "text.txt", *OPTIONS, *more])
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "examples" / "uptrain.py"), run_name="__main__")
@@ -138,6 +141,7 @@ def refused(folder: Path, monkeypatch, capsys, *more: str) -> str:
         (("--learning_rate", "0.02"), "--learning_rate must be 0.01, that of the run in whole, but got 0.02"),
         (("--text", "other.txt"), "--text must be sha256 "),
         (("--held_out", "other.txt"), "--held_out must be None, that of the run in whole, but got sha256"),
+        (("--source", "converted"), "the model of source must be sha256"),
     ],
 )
 def test_another_run_in_the_folder_of_a_run_is_refused(more, message, folder, monkeypatch, capsys):
@@ -160,6 +164,53 @@ def test_another_run_in_the_folder_of_a_run_is_refused(more, message, folder, mo
 )
 def test_a_text_that_is_too_short_is_named(more, message, folder, monkeypatch, capsys):
     (folder / "short.txt").write_text("a = 1", encoding="utf-8")
+    assert message in refused(folder, monkeypatch, capsys, *more)
+
+
+@pytest.mark.parametrize("part", ["weights", "loop"])
+def test_another_checkpoint_is_refused(part, folder, monkeypatch, capsys):
+    """It has the name of the first, or another one: the content decides."""
+    other = AutoModelForCausalLM.from_pretrained(folder / "converted")
+    if part == "weights":
+        other.lm_head.weight.data[0, 0] += 1
+    else:
+        other = AutoModelForCausalLM.from_pretrained(folder / "converted", chunk_offsets=[0, 0])
+    shutil.copytree(folder / "converted", folder / part, dirs_exist_ok=True)
+    other.save_pretrained(folder / part)
+    assert "the model of converted must be sha256" in refused(folder, monkeypatch, capsys, converted=part)
+
+
+@pytest.mark.parametrize("name", ["plain", "base"])
+def test_a_model_without_new_parts_is_adapted_too(name, folder):
+    """A plain stack in all of its layers, a looped base in its core."""
+    words = [name, f"of_{name}", "--text", "text.txt", *OPTIONS]
+    run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
+    adapted = {"plain": {"prelude"}, "base": {"core"}}[name]
+    assert changed(folder, name, f"of_{name}/adapted") == adapted
+
+
+def test_half_precision_trains_in_float32(folder):
+    """bfloat16 keeps 8 bits: a norm would not move at these rates."""
+    half = AutoModelForCausalLM.from_pretrained(folder / "converted", dtype=torch.bfloat16)
+    shutil.copytree(folder / "converted", folder / "half")
+    half.save_pretrained(folder / "half")
+    words = ["half", "of_half", "--text", "text.txt", *OPTIONS, "--learning_rate", "0.0001"]
+    run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("half", "of_half/trained"))
+    assert before.dtype == torch.bfloat16 and after.dtype == torch.float32
+    assert (after.model.norm.weight != before.model.norm.weight.float()).all()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--max_steps", "0"), "argument --max_steps: it must be 1 or more, but got 0"),
+        (("--held_out_blocks", "0"), "argument --held_out_blocks: it must be 1 or more, but got 0"),
+        (("--block_size", "1"), "argument --block_size: it must be 2 or more, but got 1"),
+        (("--adapter_steps", "-1"), "argument --adapter_steps: it must be 0 or more, but got -1"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(more, message, folder, monkeypatch, capsys):
     assert message in refused(folder, monkeypatch, capsys, *more)
 
 

@@ -6,7 +6,6 @@ Molecules are read in one call through a quantised cache: its logits are those o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_spiralformer import SpiralFormerQuantizedCache
 from modeling_spiralformer.precision_spiralformer import FULL, entry_sizes
 from workshop.costs import cache_layer_bytes, meta_model
-from workshop.evaluation import load
+from workshop.evaluation import load_by_name
 from workshop.experiments.quantised import change_cell
 from workshop.molecules.quantising import ratio
 from workshop.molecules.rows import make_rows
@@ -133,7 +132,7 @@ def compare_precisions(
 
 def compare_all(folders: list[str], molecules: list[str], group_size: int) -> dict[str, dict]:
     """The figures of `compare_precisions` of each checkpoint, by the name of its folder."""
-    loaded, ways = {Path(folder).name: load(folder, folder) for folder in folders}, ways_of(group_size)
+    loaded, ways = load_by_name(folders), ways_of(group_size)
     total = len(loaded)
     total += sum(len(cases(ways, sizes)) for model, _ in loaded.values() for sizes in levels_of(model).values())
     with tqdm(total=total, desc="quantising caches", unit="evaluation") as progress:

@@ -6,7 +6,6 @@ is kept of a latent are the keys and values of one of the iterations that share,
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTraine
 from modeling_spiralformer import SpiralFormerConfig
 from modeling_spiralformer.cache_spiralformer import SpiralFormerLatentLayer
 from modeling_spiralformer.chunking_spiralformer import ChunkGrid, FilledChunks
-from workshop.evaluation import load
+from workshop.evaluation import load_by_name
 from workshop.experiments.quantised import change_cell
 from workshop.molecules.quantising import ratio
 from workshop.molecules.rows import make_rows
@@ -151,13 +150,13 @@ def compare_sharing(
 
 def share_all(folders: list[str], molecules: list[str]) -> dict[str, dict]:
     """The figures of `compare_sharing` of each checkpoint, by the name of its folder."""
-    results = {}
-    with tqdm(total=len(folders) * (1 + len(SHARING) * len(WAYS)), desc="sharing", unit="evaluation") as progress:
-        for folder in folders:
-            model, tokenizer = load(folder, folder)
-            groups_of(model.config, None)  # refuses before the work
+    loaded, results = load_by_name(folders), {}
+    for model, _ in loaded.values():
+        groups_of(model.config, None)  # refuses before the work
+    with tqdm(total=len(loaded) * (1 + len(SHARING) * len(WAYS)), desc="sharing", unit="evaluation") as progress:
+        for name, (model, tokenizer) in loaded.items():
             rows = make_rows(molecules, tokenizer, model.config.max_position_embeddings)
-            results[Path(folder).name] = compare_sharing(model, tokenizer, rows, progress.update)
+            results[name] = compare_sharing(model, tokenizer, rows, progress.update)
     return results
 
 

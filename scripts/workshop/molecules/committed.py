@@ -90,10 +90,10 @@ def write_folder(
     write_json(folder / "config.json", config, indent=2)
     write_digests(folder, CHECKPOINT_FILES)
     write_json(folder / "figures.json", figures, indent=1)
-    card_of(model, figures, repo_id).save(folder / "README.md")
+    card_of(model, tokenizer, figures, repo_id).save(folder / "README.md")
 
 
-def card_of(model: PreTrainedModel, figures: dict, repo_id: str) -> ModelCard:
+def card_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, figures: dict, repo_id: str) -> ModelCard:
     """The card of a model: where it came from, and its figures."""
     validation, samples, total = figures["validation"], figures["samples"], figures["samples"]["count"]
     parts = {kind: cell(share(samples[kind], total), percent=True) for kind in SAMPLE_CLASSES}
@@ -113,4 +113,6 @@ def card_of(model: PreTrainedModel, figures: dict, repo_id: str) -> ModelCard:
         evaluated_on="molecules held out of the training data, and on samples that the model drew",
         settings=settings,
         with_code=False,
+        tokenizer=tokenizer,
+        sampling=SAMPLING,
     )

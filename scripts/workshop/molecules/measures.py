@@ -107,6 +107,8 @@ def measure(samples: list[str], training: list[str], references: int, resamples:
         figures["fcd"] = NO_FCD
     elif len(valid) < FEWEST:
         figures["fcd"] = f"not measured: fewer than {FEWEST} samples are valid"
+    elif len(training) < 2:
+        figures["fcd"] = "not measured: fewer than 2 training molecules"
     else:
         chosen = np.random.default_rng(seed).permutation(len(training))[:references]
         reference = activations([training[index] for index in chosen])
