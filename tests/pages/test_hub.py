@@ -224,7 +224,7 @@ def test_a_card_says_which_loop_the_model_has(options, words):
     assert words in make_card(small_model(**options), "a").content
 
 
-def test_a_card_draws_texts_where_the_tokenizer_ends_each():
+def test_a_card_draws_texts_where_the_tokenizer_ends_each(tmp_path):
     """A pipeline would go on after the end; without a token that begins a text, there is nothing to draw from."""
     smiles, code = (AutoTokenizer.from_pretrained(ROOT / name) for name in ("tokenization/smiles", "tokenization"))
     for tokenizer, draws in ((smiles, True), (code, False), (None, False)):
@@ -233,6 +233,7 @@ def test_a_card_draws_texts_where_the_tokenizer_ends_each():
             assert ("pipeline(" in content) != draws and ("do_sample=True, max_length=512," in content) == draws
     head = package.SpiralFormerForTokenClassification(small_config())
     assert "pipeline(" in make_card(head, "a", tokenizer=smiles).content
+    assert "do_sample=True" in hub_module.build_card(tmp_path, small_model(), smiles, "me/a").content
 
 
 def test_a_card_of_a_head_without_figures():

@@ -112,6 +112,7 @@ def test_what_is_kept_is_the_model_its_run_and_its_figures(kept):
     ids = torch.arange(3, 20)[None]
     one, two = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run, mine))
     assert torch.equal(one(ids).logits, two(ids).logits)
+    assert "do_sample=True, max_length=" in (run / "README.md").read_text()
     card = (mine / "README.md").read_text()
     assert "trust_remote_code" not in card and "import modeling_spiralformer" in card and "custom_code" not in card
     assert "| command | `python scripts/train_molecules.py --seed 7` |" in card and "| commit | 0123abc |" in card
