@@ -21,8 +21,10 @@ are known by their names.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 # Tuners that have no one function here, by the packages of their layers.
 REFUSED_TUNERS = {
@@ -38,7 +40,7 @@ def meet_adapters(model: nn.Module) -> bool:
 
     Raises:
         `ValueError`: for Lily and ShadowPEFT; where layers see latents, for activated LoRA, X-LoRA and the start of
-            EVA by tokens.
+            EVA by tokens; for DoRA on weights that are 0.
     """
     if "peft" not in sys.modules:  # looking through all modules would take 1% of a decode step
         return False
@@ -46,6 +48,8 @@ def meet_adapters(model: nn.Module) -> bool:
         package = type(module).__module__.rpartition(".")[0]
         if package in REFUSED_TUNERS and not getattr(module, "disable_adapters", True):
             raise ValueError(REFUSED_TUNERS[package])
+        if getattr(module, "lora_magnitude_vector", None) and not is_torchdynamo_compiling():
+            _refuse_rows_of_zeros(module)
     by_row = False
     latent_parts = [model.get_submodule(name) for name in ("core", "resolutions")]  # these see latents
     for module in (module for part in latent_parts for module in part.modules()):
@@ -57,6 +61,18 @@ def meet_adapters(model: nn.Module) -> bool:
         for hook in module._forward_hooks.values():
             _refuse_choice_of_tokens(getattr(hook, "_prepare_layer_inputs_fn", None))
     return by_row
+
+
+def _refuse_rows_of_zeros(layer: Any) -> None:
+    """Refuses DoRA where it would divide 0 by 0: the length of a row of weights by itself, as its adapter starts."""
+    active = () if layer.disable_adapters else layer.active_adapters
+    for magnitude in (row.weight for name, row in layer.lora_magnitude_vector.items() if name in active):
+        if not magnitude.is_meta and not magnitude.all():
+            raise ValueError(
+                "DoRA (`use_dora`) divides by the length of each row of weights, but those of scorers and allocators "
+                "are 0 in a new or converted model, and so may be those of routers and gates. Leave them out: "
+                r"exclude_modules=r'.*\.(scorer|allocator|topology\..*)', or take plain LoRA."
+            )
 
 
 def _refuse_counts_of_tokens(module: nn.Module, given: dict) -> None:

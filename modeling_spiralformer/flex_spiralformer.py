@@ -72,11 +72,16 @@ def uses_flex(config: SpiralFormerConfig) -> bool:
 
 
 def unfused_on_cpu(forward: Callable) -> Callable:
-    """A model's `forward`, whose flex attention is not compiled where the model is on a CPU."""
+    """A model's `forward`, whose flex attention is not compiled where the tokens are on a CPU.
+
+    The weights may be nowhere, offloaded, until a layer is called.
+    """
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if not uses_flex(self.layer_config) or is_torchdynamo_compiling() or self.device.type != "cpu":
+        tokens = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        on_cpu = all(value.device.type == "cpu" for value in tokens)
+        if not uses_flex(self.layer_config) or is_torchdynamo_compiling() or not on_cpu:
             return forward(self, *args, **kwargs)
         with UNFUSED:
             return forward(self, *args, **kwargs)

@@ -153,8 +153,10 @@ def _numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
 
 
 def _is_readable(values: torch.Tensor) -> bool:
-    """Whether Python may look at values: not in a graph, and not where it would wait for a device."""
-    return values.device.type == "cpu" and not is_torchdynamo_compiling() and not torch.jit.is_tracing()
+    """Whether Python may look at values: not in a graph or `torch.func`, and not where it would wait for a device."""
+    if is_torchdynamo_compiling() or torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return False
+    return values.device.type == "cpu"
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

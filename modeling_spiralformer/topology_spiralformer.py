@@ -171,11 +171,14 @@ class SpiralFormerConnection(nn.Module):
         self.write = SpiralFormerGate(flat, streams, write / 2)
         self.loop_vector = nn.Parameter(torch.zeros(size))
 
-    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gates of streams `(B, S, N, D)`, `(B, S, N, 1)` each: to read, to keep and to write."""
+    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gates of streams `(B, S, N, D)`, `(B, S, N, 1)` each: to read, to keep and to write; and e, `(D,)`.
+
+        e is a copy: outside of this call the parameter may be off its device, where weights are offloaded or sharded.
+        """
         normed = self.norm(streams.flatten(-2))
         read, keep, write = (gate(normed).unsqueeze(-1) for gate in (self.read, self.keep, self.write))
-        return read, keep, 2 * write
+        return read, keep, 2 * write, self.loop_vector.clone()
 
 
 class Streams(NamedTuple):
@@ -184,12 +187,12 @@ class Streams(NamedTuple):
     Args:
         content: Y, the streams `(B, S, N, D)`.
         iteration: which iteration has read them, and writes next; T after the last.
-        gates: its gates to keep and to write, `(B, S, N, 1)` each; none after the last.
+        writing: its gates to keep and to write, `(B, S, N, 1)` each, and its loop vector, `(D,)`; none after the last.
     """
 
     content: torch.Tensor
     iteration: int
-    gates: tuple[torch.Tensor, ...]
+    writing: tuple[torch.Tensor, ...]
 
 
 class SpiralFormerHyperConnections(nn.Module):
@@ -218,16 +221,15 @@ class SpiralFormerHyperConnections(nn.Module):
         """
         if carrier is None:
             return self._read(new.unsqueeze(-2).expand(-1, -1, self.num_streams, -1), iteration=0)
-        keep, write = carrier.gates
-        output = new + self.connections[carrier.iteration].get_parameter("loop_vector")
-        content = keep * carrier.content + write * output.unsqueeze(-2)
+        keep, write, loop_vector = carrier.writing
+        content = keep * carrier.content + write * (new + loop_vector).unsqueeze(-2)
         return self._read(content, carrier.iteration + 1)
 
     def _read(self, content: torch.Tensor, iteration: int) -> tuple[torch.Tensor, Streams]:
         if iteration == len(self.connections):
             return content.mean(dim=-2), Streams(content, iteration, ())
-        read, *gates = self.connections[iteration](content)
-        return (read * content).sum(dim=-2), Streams(content, iteration, tuple(gates))
+        read, *writing = self.connections[iteration](content)
+        return (read * content).sum(dim=-2), Streams(content, iteration, tuple(writing))
 
 
 # What `topology` names. CODEPATH: *-mesh-* have MeSH, hyperloop-* but hyperloop-looped-* hyper-connections, and all

@@ -27,8 +27,10 @@ from adapter_cases import (
 )
 from documents import ROOT
 from peft import PeftModel
-from support import large_weights, pad_rows, random_ids, seeded, small_model
+from support import large_weights, pad_rows, random_ids, seeded, small_config, small_model
 from transformers import DynamicCache, StaticCache
+
+from modeling_spiralformer import SpiralFormerForCausalLM
 
 LENGTHS = (14, 3, 9)
 TEXTS = [random_ids(1, length, length)[0] for length in LENGTHS]
@@ -209,6 +211,25 @@ def test_without_the_adapter_the_model_runs(name):
     model = REFUSED[name][0].wrap(base_model()).eval()
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, base_model()(IDS).logits)
+
+
+def test_dora_on_weights_that_start_at_0_is_refused():
+    """Those of a new model's scorers and allocators; without them it trains."""
+    config = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "use_dora": True}
+    new = lambda: SpiralFormerForCausalLM(small_config())  # noqa: E731
+    model = peft.get_peft_model(new(), peft.LoraConfig(**config))
+    with pytest.raises(ValueError, match=r"DoRA \(`use_dora`\) .* exclude_modules="):
+        model(IDS)
+    with model.disable_adapter():
+        assert model(IDS).logits.isfinite().all()
+    model.add_adapter("plain", peft.LoraConfig(**config | {"use_dora": False}))
+    model.set_adapter("plain")
+    assert model(IDS).logits.isfinite().all()
+    without = r".*\.(scorer|allocator|topology\..*)"  # as the error says
+    model = peft.get_peft_model(new(), peft.LoraConfig(**config, exclude_modules=without))
+    model(IDS, labels=IDS).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "magnitude" in name]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_code_that_came_with_a_checkpoint_refuses_too(tmp_path):

@@ -76,6 +76,19 @@ def test_positions_that_skip_tokens_are_refused_without_a_cache_too(options, pos
 
 
 @schedule
+@torch.no_grad()
+def test_positions_are_integers_of_any_size(options):
+    """uint8 would wrap around where a text of a packed row begins again."""
+    model, ids, positions = small_model(**options), random_ids(1, 12), torch.tensor([[*range(7), *range(5)]])
+    expected = model(ids, position_ids=positions, use_cache=False).logits
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        assert torch.equal(model(ids, position_ids=positions.to(dtype), use_cache=False).logits, expected)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=f"`position_ids` must be integers, but got {dtype}"):
+            model(ids, position_ids=positions.to(dtype))
+
+
+@schedule
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_of_padded_rows(options, side):
     """A row's first real token is 0; what padding is given does not matter; one row at fault is named."""

@@ -1,10 +1,12 @@
 """Dtypes, int8 weights, device maps and exported programs: the library's own ways to run a model elsewhere."""
 
+import copy
 import math
 import runpy
 import shlex
 import sys
 
+import accelerate
 import pytest
 import torch
 from documents import ROOT, commands
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, Torch
 
 from modeling_spiralformer import SpiralFormerConfig, SpiralFormerForCausalLM
 from modeling_spiralformer.layers_spiralformer import FAMILIES
+from modeling_spiralformer.topology_spiralformer import TOPOLOGIES
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
@@ -131,6 +134,17 @@ def test_a_device_map_sends_to_disk_what_does_not_fit(saved_by_family, device_ma
     logits, expected = model(**batch, use_cache=False).logits, reference(**batch, use_cache=False).logits
     assert relative_error(logits, expected, batch["attention_mask"]) < 1e-5
     options = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), reference.generate(**batch, **options))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@torch.no_grad()
+def test_every_weight_may_lie_on_disk_until_its_module_is_called(topology, tmp_path):
+    reference = small_model(dtype=torch.float32, topology=topology)
+    model = accelerate.disk_offload(copy.deepcopy(reference), tmp_path, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    batch, options = padded_batch(), {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model(**batch, use_cache=False).logits, reference(**batch, use_cache=False).logits)
     assert torch.equal(model.generate(**batch, **options), reference.generate(**batch, **options))
 
 

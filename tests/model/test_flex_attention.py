@@ -5,6 +5,7 @@ On a CPU in float64, where torch does not compile it; on an accelerator the comp
 
 import threading
 
+import accelerate
 import pytest
 import torch
 from support import VOCAB, large_weights, make_exact, pad_rows, random_ids, small_config
@@ -223,6 +224,19 @@ def is_compiling() -> bool:
     seen = []
     torch.compile(lambda x: x + 1, backend=lambda graph, inputs: seen.append(graph) or graph.forward)(torch.ones(2))
     return bool(seen)
+
+
+@torch.no_grad()
+def test_offloaded_weights_leave_it_uncompiled(tmp_path):
+    """The tokens are on the CPU where the weights are nowhere."""
+    if not is_on_cpu():
+        return
+    flex, _ = make_models(**LAYERS["gpt_neox"])
+    expected = flex(random_ids(1, 9)).logits
+    accelerate.disk_offload(flex, tmp_path, execution_device=torch.device("cpu"))
+    seen = []
+    flex.model.norm.register_forward_hook(lambda *_: seen.append(is_compiling()))
+    assert torch.equal(flex(random_ids(1, 9)).logits, expected) and seen == [False]
 
 
 @torch.no_grad()

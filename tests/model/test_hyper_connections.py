@@ -64,8 +64,9 @@ def test_a_token_that_no_chunk_has_reached_gets_the_loop_vector():
     model(random_ids(1, 20), use_cache=False)
     (update, _, before), (_, after) = seen[1]
     assert update[0, :3].eq(0).all() and update[0, 11].ne(0).all()  # g - w - 1 + s: the first that reads
-    keep, write = before.gates
-    expected = keep * before.content + write * model.topology.connections[0].loop_vector
+    keep, write, loop_vector = before.writing
+    expected = keep * before.content + write * loop_vector
+    assert torch.equal(loop_vector, model.topology.connections[0].loop_vector)
     assert (after.content - expected)[0, :3].abs().max() < 1e-12
     assert model.topology.connections[0].loop_vector.abs().max() > 0.1
 
@@ -159,8 +160,8 @@ def gates_of_what_was_written(self, new, state, carrier=None):
     """Keep and write look at the state that the iteration made."""
     if carrier is not None:
         made = state.unsqueeze(-2).expand_as(carrier.content)
-        _, keep, write = self.connections[carrier.iteration](made)
-        carrier = carrier._replace(gates=(keep, write))
+        _, *writing = self.connections[carrier.iteration](made)
+        carrier = carrier._replace(writing=tuple(writing))
     return FORWARD(self, new, state, carrier)
 
 
@@ -177,8 +178,8 @@ def gates_of_another_iteration(self, new, state, carrier=None):
 def streams_mixed_up(self, new, state, carrier=None):
     """A stream gets the gates of its neighbour."""
     if carrier is not None:
-        keep, write = carrier.gates
-        carrier = carrier._replace(gates=(keep.roll(1, dims=-2), write))
+        keep, *others = carrier.writing
+        carrier = carrier._replace(writing=(keep.roll(1, dims=-2), *others))
     return FORWARD(self, new, state, carrier)
 
 
@@ -199,18 +200,18 @@ def loop_vector_of_reached_tokens_only(self, new, state, carrier=None):
 def mean_forgotten(self, new, state, carrier=None):
     """The coda gets the first stream."""
     hidden, carrier = FORWARD(self, new, state, carrier)
-    return (hidden if carrier.gates else carrier.content[..., 0, :]), carrier
+    return (hidden if carrier.writing else carrier.content[..., 0, :]), carrier
 
 
 def write_is_not_doubled(self, streams):
-    read, keep, write = GATES(self, streams)
-    return read, keep, write / 2
+    read, keep, write, loop_vector = GATES(self, streams)
+    return read, keep, write / 2, loop_vector
 
 
 def no_norm(self, streams):
     flat = streams.flatten(-2)
     read, keep, write = (gate(flat * self.norm.weight).unsqueeze(-1) for gate in (self.read, self.keep, self.write))
-    return read, keep, 2 * write
+    return read, keep, 2 * write, self.loop_vector
 
 
 FORWARD, GATES = SpiralFormerHyperConnections.forward, SpiralFormerConnection.forward

@@ -17,6 +17,7 @@ from modeling_spiralformer import (
     SpiralFormerForTokenClassification,
     SpiralFormerModel,
 )
+from modeling_spiralformer.topology_spiralformer import TOPOLOGIES
 
 # One of every option, for the tests that are too dear for a drawn grid.
 VARIETY = {
@@ -422,6 +423,24 @@ def test_capability_flags_promise_only_what_was_run():
     assert not SpiralFormerModel._supports_attention_backend
     with pytest.raises((ValueError, ImportError)):
         SpiralFormerModel._from_config(small_config(), attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_gradients_of_each_row_by_functional_calls(topology):
+    """`torch.func` puts other tensors in the place of parameters, and `vmap` runs all rows as one."""
+    model, ids = small_model(topology=topology), random_ids(3, 14)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, row: torch.Tensor) -> torch.Tensor:
+        options = {"labels": row[None], "use_cache": False}
+        return torch.func.functional_call(model, parameters, (row[None],), options).loss
+
+    of_rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+    for row in range(3):
+        model.zero_grad()
+        model(ids[row, None], labels=ids[row, None], use_cache=False).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (of_rows[name][row] - parameter.grad).abs().max() < 1e-9, name
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------
