@@ -48,10 +48,10 @@ def meet_adapters(model: nn.Module) -> bool:
         package = type(module).__module__.rpartition(".")[0]
         if package in REFUSED_TUNERS and not getattr(module, "disable_adapters", True):
             raise ValueError(REFUSED_TUNERS[package])
-        if getattr(module, "lora_magnitude_vector", None) and not is_torchdynamo_compiling():
-            _refuse_rows_of_zeros(module)
     by_row = False
     latent_parts = [model.get_submodule(name) for name in ("core", "resolutions")]  # these see latents
+    if not is_torchdynamo_compiling():
+        _refuse_rows_of_zeros(model)
     for module in (module for part in latent_parts for module in part.modules()):
         for key in module._forward_pre_hooks_with_kwargs:
             hook = module._forward_pre_hooks[key]
@@ -63,11 +63,14 @@ def meet_adapters(model: nn.Module) -> bool:
     return by_row
 
 
-def _refuse_rows_of_zeros(layer: Any) -> None:
-    """Refuses DoRA where it would divide 0 by 0: the length of a row of weights by itself, as its adapter starts."""
-    active = () if layer.disable_adapters else layer.active_adapters
-    for magnitude in (row.weight for name, row in layer.lora_magnitude_vector.items() if name in active):
-        if not magnitude.is_meta and not magnitude.all():
+def _refuse_rows_of_zeros(model: Any) -> None:
+    """Refuses DoRA where it would divide 0 by 0: a row's length by itself, of weights that no other model has."""
+    parts = [part for part in (model.resolutions, model.topology) if part is not None]
+    for layer in (layer for part in parts for layer in part.modules()):
+        lengths = getattr(layer, "lora_magnitude_vector", {})
+        active = layer.active_adapters if lengths and not layer.disable_adapters else ()
+        rows = [lengths[name].weight for name in active if name in lengths]
+        if any(not row.is_meta and not row.all() for row in rows):
             raise ValueError(
                 "DoRA (`use_dora`) divides by the length of each row of weights, but those of scorers and allocators "
                 "are 0 in a new or converted model, and so may be those of routers and gates. Leave them out: "
