@@ -10,13 +10,7 @@ from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from modeling_spiralformer.configuration_spiralformer import refuse
 from modeling_spiralformer.files_spiralformer import remove_replaced, write_digests
-from workshop.checkpoints import (
-    CHECKPOINT_FILES,
-    TOKENIZER_FILES,
-    has_tokenizer,
-    parse_overrides,
-    remove_replaced_tokenizer,
-)
+from workshop.checkpoints import CHECKPOINT_FILES, has_tokenizer, parse_overrides, remove_replaced_tokenizer
 from workshop.conversion import (
     FAMILY_OF,
     ROUTER_BIAS,
@@ -76,7 +70,7 @@ def convert(arguments: ConversionArguments) -> PreTrainedModel:
         refuse("output_dir", arguments.output_dir, "another folder than that of the source")
     set_seed(arguments.seed)
     source, tokenizer = load_source(arguments.model_name_or_path, arguments.to, arguments.gguf_file)
-    if tokenizer is None and any((output / name).exists() for name in TOKENIZER_FILES):
+    if tokenizer is None and output.is_dir() and has_tokenizer(arguments.output_dir):
         refuse("output_dir", arguments.output_dir, "a folder without a tokenizer, as the source has none")
     if arguments.to != "spiralformer":
         converted = to_plain(source)
