@@ -26,6 +26,7 @@ from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_name_spiralformer import CACHE_ARGUMENT
+from .heads_spiralformer import read_numbers
 
 # Type checkers take `X | Any` for an X, and ask for no look at it.
 MaybeNone = Any  # `X | MaybeNone` is None at times when nobody reads it
@@ -336,7 +337,7 @@ def _read_positions(
             name = next(iter(boundaries))
             raise ValueError(f"`position_ids` must say where texts start, but got `{name}` without them.")
         return None
-    position_ids = _check_positions_form(position_ids, batch, length).to(counted.device)
+    position_ids = _read_given(position_ids, batch, length).to(counted.device)
     uncached = is_torchdynamo_compiling() and past.is_given is None
     if uncached and token_mask is None:
         _check_boundaries(boundaries, position_ids.expand(batch, -1))
@@ -363,14 +364,13 @@ def _read_positions(
     return PackedTexts(position_ids)
 
 
-def _check_positions_form(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """The positions, `(B or 1, S)`, in int64. Raises `ValueError` for another shape, or other than integers."""
-    shape, allowed = tuple(position_ids.shape), ((1, length), (batch, length))
+def _read_given(position_ids: Any, batch: int, length: int) -> torch.Tensor:
+    """The positions, `(B or 1, S)`, in int64. Raises `ValueError` for other than integers, and for another shape."""
+    positions = read_numbers("position_ids", position_ids, floating=False).long()
+    shape, allowed = tuple(positions.shape), ((1, length), (batch, length))
     if shape not in allowed:
         raise ValueError(f"`position_ids` must have shape {allowed[1]} or {allowed[0]}, but got {shape}.")
-    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-        raise ValueError(f"`position_ids` must be integers, but got {position_ids.dtype}.")
-    return position_ids.long()
+    return positions
 
 
 def _check_boundaries(boundaries: dict[str, torch.Tensor], position_ids: torch.Tensor) -> None:

@@ -79,9 +79,10 @@ def unfused_on_cpu(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
+        if not uses_flex(self.layer_config) or is_torchdynamo_compiling():
+            return forward(self, *args, **kwargs)
         tokens = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        on_cpu = all(value.device.type == "cpu" for value in tokens)
-        if not uses_flex(self.layer_config) or is_torchdynamo_compiling() or not on_cpu:
+        if any(value.device.type != "cpu" for value in tokens):
             return forward(self, *args, **kwargs)
         with UNFUSED:
             return forward(self, *args, **kwargs)

@@ -32,7 +32,7 @@ def new_tokens(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
     name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
-    given, dims = _numbers(name, given, floating=input_ids is None), 3 if input_ids is None else 2
+    given, dims = read_numbers(name, given, floating=input_ids is None), 3 if input_ids is None else 2
     if dims == 2 and given.dtype not in (torch.int64, torch.int32):  # what an embedding takes
         raise ValueError(f"`input_ids` must be a tensor of int64 or int32, but got {given.dtype}.")
     shape = tuple(given.shape)
@@ -89,7 +89,7 @@ def read_labels(
         )
     kept = tokens[1] if logits_to_keep == 0 else min(logits_to_keep, tokens[1])
     name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
-    given = _numbers(name, given, floating=False)
+    given = read_numbers(name, given, floating=False)
     if tuple(given.shape) != (tokens[0], kept):
         raise ValueError(
             f"`{name}` must have shape {(tokens[0], kept)}, one for each logit, but got {tuple(given.shape)}."
@@ -122,12 +122,12 @@ def read_row_labels(labels: Any, rows: int, num_labels: int, problem_type: str |
         raise ValueError(f"`labels` must have shape {' or '.join(map(str, wanted))}, but got {shape}.")
     if problem_type != "single_label_classification":
         return labels if is_number else labels.float()
-    return _classes("labels", _numbers("labels", labels, floating=False), num_labels)
+    return _classes("labels", read_numbers("labels", labels, floating=False), num_labels)
 
 
 def read_positions_of_span(name: str, positions: Any, rows: int) -> torch.Tensor:
     """Starts or ends of the spans of B rows, `(B,)` or `(B, 1)`, in int64. Raises `ValueError` for anything else."""
-    read = _numbers(name, positions, floating=False).long()
+    read = read_numbers(name, positions, floating=False).long()
     if tuple(read.shape) not in ((rows,), (rows, 1)):
         raise ValueError(f"`{name}` must have shape {(rows,)} or {(rows, 1)}, but got {tuple(read.shape)}.")
     return read
@@ -143,7 +143,7 @@ def _classes(name: str, given: torch.Tensor, count: int, ignored: int = -100) ->
     return given
 
 
-def _numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
+def read_numbers(name: str, given: Any, floating: bool) -> torch.Tensor:
     """What is given, where it is a tensor of such numbers. Raises `ValueError` for anything else."""
     if not isinstance(given, torch.Tensor) or given.is_floating_point() != floating or given.dtype == torch.bool:
         kind = "floating point numbers" if floating else "integers"

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import re
@@ -52,6 +51,7 @@ WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHT
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # And these may be beside it.
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+TOKENIZER_PATHS = (*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATE_DIR}/*")  # and in its folder of further templates
 # Everything that a model or a run is loaded from, and that SHA256SUMS lists where a command has written the folder.
 CHECKPOINT_FILES = (*MODEL_FILES, *TOKENIZER_PATTERNS, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth")
 CHECKPOINT_FILES += (TRAINER_STATE_NAME, TRAINING_ARGS_NAME)
@@ -203,8 +203,8 @@ def weight_files(name_or_path: str) -> list[Path]:
 
 def saved_dtype(name_or_path: str) -> torch.dtype:
     """The type that takes every weight of a checkpoint as it is. What config.json says may be narrower."""
-    saved = (load_state_dict(file, "meta").values() for file in weight_files(name_or_path))
-    return common_dtype(itertools.chain.from_iterable(saved))
+    saved = (value for file in weight_files(name_or_path) for value in load_state_dict(file, "meta").values())
+    return common_dtype(saved)
 
 
 def common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -277,7 +277,7 @@ def remove_replaced_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | 
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         saved = {path.relative_to(scratch) for path in Path(scratch).rglob("*")}
-    for pattern in (*TOKENIZER_PATTERNS, f"{CHAT_TEMPLATE_DIR}/*"):
+    for pattern in TOKENIZER_PATHS:
         for path in Path(folder).glob(pattern):
             if path.is_file() and path.relative_to(folder) not in saved:
                 path.unlink()

@@ -7,12 +7,11 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CHAT_TEMPLATE_DIR
 
 import modeling_spiralformer
 from modeling_spiralformer.files_spiralformer import write_digests
 from modeling_spiralformer.modeling_spiralformer import AUTO_CLASSES
-from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATTERNS, load_config, load_model, load_tokenizer
+from workshop.checkpoints import CHECKPOINT_FILES, TOKENIZER_PATHS, load_config, load_model, load_tokenizer
 from workshop.model_card import make_card
 
 # What `Trainer` writes of an evaluation beside the figures.
@@ -103,5 +102,5 @@ def push(
             revision=revision,
             commit_message=commit_message,
             # One file of weights after several, or the other way round, or another tokenizer: what is gone goes there.
-            delete_patterns=["*.safetensors*", *TOKENIZER_PATTERNS, f"{CHAT_TEMPLATE_DIR}/*"],
+            delete_patterns=["*.safetensors*", *TOKENIZER_PATHS],
         )

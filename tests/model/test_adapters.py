@@ -216,8 +216,7 @@ def test_without_the_adapter_the_model_runs(name):
 def test_dora_on_weights_that_start_at_0_is_refused():
     """Those of a new model's scorers and allocators; without them it trains."""
     config = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "use_dora": True}
-    new = lambda: SpiralFormerForCausalLM(small_config())  # noqa: E731
-    model = peft.get_peft_model(new(), peft.LoraConfig(**config))
+    model = peft.get_peft_model(SpiralFormerForCausalLM(small_config()), peft.LoraConfig(**config))
     with pytest.raises(ValueError, match=r"DoRA \(`use_dora`\) .* exclude_modules="):
         model(IDS)
     with model.disable_adapter():
@@ -226,7 +225,9 @@ def test_dora_on_weights_that_start_at_0_is_refused():
     model.set_adapter("plain")
     assert model(IDS).logits.isfinite().all()
     without = r".*\.(scorer|allocator|topology\..*)"  # as the error says
-    model = peft.get_peft_model(new(), peft.LoraConfig(**config, exclude_modules=without))
+    model = peft.get_peft_model(
+        SpiralFormerForCausalLM(small_config()), peft.LoraConfig(**config, exclude_modules=without)
+    )
     model(IDS, labels=IDS).loss.backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if "magnitude" in name]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)

@@ -84,7 +84,7 @@ def test_positions_are_integers_of_any_size(options):
     for dtype in (torch.uint8, torch.int8, torch.int32):
         assert torch.equal(model(ids, position_ids=positions.to(dtype), use_cache=False).logits, expected)
     for dtype in (torch.float32, torch.bool):
-        with pytest.raises(ValueError, match=f"`position_ids` must be integers, but got {dtype}"):
+        with pytest.raises(ValueError, match=f"`position_ids` must be a tensor of integers, but got {dtype}"):
             model(ids, position_ids=positions.to(dtype))
 
 

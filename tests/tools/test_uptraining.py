@@ -43,13 +43,13 @@ def folder(tmp_path_factory) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 400, encoding="utf-8")
-    uptrain(folder, "whole")
+    uptrain(folder, "whole", "--source", "source")
     return folder
 
 
-def uptrain(folder: Path, name: str, *more: str) -> str:
+def uptrain(folder: Path, name: str, *more: str, converted: str = "converted") -> str:
     """Runs the example into a folder of that name."""
-    words = ["converted", name, "--text", "text.txt", *(more or ("--source", "source")), *OPTIONS]
+    words = [converted, name, "--text", "text.txt", *OPTIONS, *more]
     return run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_cut_off_goes_on(folder):
     points = curve(folder / "cut")
     del points[3]  # the beginning of the stage: a run that began it again would enter it once more
     (folder / "cut" / "curve.json").write_text(json.dumps(points[:4]))
-    printed = uptrain(folder, "cut")
+    printed = uptrain(folder, "cut", "--source", "source")
     assert curve(folder / "cut") == points and "held-out loss: converted" in printed
     assert changed(folder, "whole/trained", "cut/trained") == set()
 
@@ -160,9 +160,13 @@ def test_another_run_in_the_folder_of_a_run_is_refused(more, message, folder, mo
             "--text must hold 1 or more blocks of 32 tokens, but short.txt",
         ),
         (("--held_out", "short.txt"), "--held_out must hold 1 or more blocks of 32 tokens, but short.txt has 0"),
+        (("--max_steps", "0"), "argument --max_steps: it must be 1 or more, but got 0"),
+        (("--held_out_blocks", "0"), "argument --held_out_blocks: it must be 1 or more, but got 0"),
+        (("--block_size", "1"), "argument --block_size: it must be 2 or more, but got 1"),
+        (("--adapter_steps", "-1"), "argument --adapter_steps: it must be 0 or more, but got -1"),
     ],
 )
-def test_a_text_that_is_too_short_is_named(more, message, folder, monkeypatch, capsys):
+def test_a_text_that_is_too_short_and_numbers_that_train_nothing_are_named(more, message, folder, monkeypatch, capsys):
     (folder / "short.txt").write_text("a = 1", encoding="utf-8")
     assert message in refused(folder, monkeypatch, capsys, *more)
 
@@ -170,11 +174,10 @@ def test_a_text_that_is_too_short_is_named(more, message, folder, monkeypatch, c
 @pytest.mark.parametrize("part", ["weights", "loop"])
 def test_another_checkpoint_is_refused(part, folder, monkeypatch, capsys):
     """It has the name of the first, or another one: the content decides."""
-    other = AutoModelForCausalLM.from_pretrained(folder / "converted")
+    options = {"chunk_offsets": [0, 0]} if part == "loop" else {}
+    other = AutoModelForCausalLM.from_pretrained(folder / "converted", **options)
     if part == "weights":
         other.lm_head.weight.data[0, 0] += 1
-    else:
-        other = AutoModelForCausalLM.from_pretrained(folder / "converted", chunk_offsets=[0, 0])
     shutil.copytree(folder / "converted", folder / part, dirs_exist_ok=True)
     other.save_pretrained(folder / part)
     assert "the model of converted must be sha256" in refused(folder, monkeypatch, capsys, converted=part)
@@ -183,8 +186,7 @@ def test_another_checkpoint_is_refused(part, folder, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["plain", "base"])
 def test_a_model_without_new_parts_is_adapted_too(name, folder):
     """A plain stack in all of its layers, a looped base in its core."""
-    words = [name, f"of_{name}", "--text", "text.txt", *OPTIONS]
-    run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
+    uptrain(folder, f"of_{name}", converted=name)
     adapted = {"plain": {"prelude"}, "base": {"core"}}[name]
     assert changed(folder, name, f"of_{name}/adapted") == adapted
 
@@ -194,24 +196,10 @@ def test_half_precision_trains_in_float32(folder):
     half = AutoModelForCausalLM.from_pretrained(folder / "converted", dtype=torch.bfloat16)
     shutil.copytree(folder / "converted", folder / "half")
     half.save_pretrained(folder / "half")
-    words = ["half", "of_half", "--text", "text.txt", *OPTIONS, "--learning_rate", "0.0001"]
-    run([sys.executable, str(ROOT / "examples" / "uptrain.py"), *words], folder)
+    uptrain(folder, "of_half", "--learning_rate", "0.0001", converted="half")
     before, after = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("half", "of_half/trained"))
     assert before.dtype == torch.bfloat16 and after.dtype == torch.float32
     assert (after.model.norm.weight != before.model.norm.weight.float()).all()
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (("--max_steps", "0"), "argument --max_steps: it must be 1 or more, but got 0"),
-        (("--held_out_blocks", "0"), "argument --held_out_blocks: it must be 1 or more, but got 0"),
-        (("--block_size", "1"), "argument --block_size: it must be 2 or more, but got 1"),
-        (("--adapter_steps", "-1"), "argument --adapter_steps: it must be 0 or more, but got -1"),
-    ],
-)
-def test_numbers_that_train_nothing_are_refused(more, message, folder, monkeypatch, capsys):
-    assert message in refused(folder, monkeypatch, capsys, *more)
 
 
 def test_mixed_precision(folder):
